@@ -1,0 +1,161 @@
+"""Modules as values: detaching one from a running network and binding one in the place of another."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import lift
+
+from nnopt.errors import RewriteError, UnsupportedNetworkError
+from nnopt.typing import Path
+
+_NOT_CONFIGURATION = ("parent", "name")
+
+
+@dataclasses.dataclass(frozen=True)
+class External:
+    """In a field of a detached module: a module (or traced array) that belongs to somebody else in the network.
+
+    `nn.Sequential([nn.Dense(4)])` written inside a compact method is the common case: the `Dense` belongs to the caller.
+    A detached module cannot own it, so it remembers where its own fields held it, and takes it from the module
+    it stands in for when the network runs.
+    """
+
+    field: str
+    keys: tuple[Any, ...] = ()
+
+
+def configuration(module: nn.Module) -> dict[str, Any]:
+    """The fields that define what a module is: everything a constructor takes but parent and name."""
+    return {
+        f.name: getattr(module, f.name)
+        for f in dataclasses.fields(module)
+        if f.init and f.name not in _NOT_CONFIGURATION
+    }
+
+
+def map_values(fn: Callable[[Any, tuple[Any, ...]], Any], tree: Any, keys: tuple[Any, ...] = ()) -> Any:
+    """Applies `fn(leaf, keys)` to the leaves of nested lists, tuples and mappings, keeping containers' types."""
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_values(fn, v, (*keys, i)) for i, v in enumerate(tree)))
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_values(fn, v, (*keys, i)) for i, v in enumerate(tree))
+    if isinstance(tree, Mapping):
+        return {k: map_values(fn, v, (*keys, k)) for k, v in tree.items()}
+    return fn(tree, keys)
+
+
+def detach(module: nn.Module) -> nn.Module:
+    """A module bound in a running network -> an unbound value with the same configuration.
+
+    Children held in fields come along; modules that belong to somebody else become `External`.
+    """
+    copies: dict[int, nn.Module] = {}  # one copy for a child held by two fields keeps it shared
+
+    def copy(owner: nn.Module) -> nn.Module:
+        updates = {
+            field: map_values(lambda v, keys, f=field: convert(owner, v, f, keys), value)
+            for field, value in configuration(owner).items()
+        }
+        return owner.clone(parent=None, name=None, **updates)
+
+    def convert(owner: nn.Module, value: Any, field: str, keys: tuple[Any, ...]) -> Any:
+        if isinstance(value, jax.core.Tracer):
+            return External(field, keys)
+        if not isinstance(value, nn.Module):
+            return value
+        owned = value.scope is None or (
+            owner.scope is not None and value.scope.path == (*owner.scope.path, value.name)
+        )
+        if not owned:
+            return External(field, keys)
+        if id(value) not in copies:
+            copies[id(value)] = copy(value)
+        return copies[id(value)]
+
+    return copy(module)
+
+
+def bind_in_place_of(live: nn.Module, stand_in: nn.Module) -> nn.Module:
+    """Binds the unbound `stand_in` to the scope of `live`, so that its variables live at the same path."""
+    assert live.scope is not None
+
+    def resolve(value: Any, _: tuple[Any, ...]) -> Any:
+        if isinstance(value, nn.Module):
+            return resolved(value)
+        if not isinstance(value, External):
+            return value
+        try:
+            found = getattr(live, value.field)
+            for key in value.keys:
+                found = found[key]
+        except (AttributeError, KeyError, IndexError, TypeError) as e:
+            raise RewriteError(
+                f"{type(stand_in).__name__} standing at {'/'.join(live.path)!r} shares a module that the network "
+                f"passes in field {value.field!r}, but the {type(live).__name__} it stands in for has no such field; "
+                "replace the module that passes it instead"
+            ) from e
+        return found
+
+    def resolved(module: nn.Module) -> nn.Module:
+        if not _holds(module, External):
+            return module
+        fields = {k: map_values(resolve, v) for k, v in configuration(module).items()}
+        return module.clone(parent=None, name=None, **fields)
+
+    # A rewound scope forgets which child names the original has reserved: its children are not run.
+    return resolved(stand_in).clone(parent=live.scope.rewound(), name=live.name)
+
+
+def _holds(module: nn.Module, kind: type) -> bool:
+    found = False
+
+    def look(value: Any, _: tuple[Any, ...]) -> Any:
+        nonlocal found
+        found = found or isinstance(value, kind) or (isinstance(value, nn.Module) and _holds(value, kind))
+        return value
+
+    for value in configuration(module).values():
+        map_values(look, value)
+    return found
+
+
+def refuse_jit(module: nn.Module, path: Path) -> None:
+    """Raises if the module's class lifts a method with `nn.jit`.
+
+    Such a method keeps the trace of its first call: a later rewrite inside it would be ignored without a word.
+
+    Raises:
+        UnsupportedNetworkError: naming the class and the path.
+    """
+    for base in type(module).__mro__:
+        if base is nn.Module:
+            break
+        for name, attribute in vars(base).items():
+            if callable(attribute) and lift.jit in _closed_over(attribute):
+                raise UnsupportedNetworkError(
+                    f"{type(module).__name__} at {'/'.join(path) or '.'!r} wraps {name!r} in nn.jit, which keeps stale traces and "
+                    "would ignore a rewrite; remove nn.jit from the network and jit the call of the whole network"
+                )
+
+
+def _closed_over(function: Any) -> Iterable[Any]:
+    """Everything in the closures of a function and of the functions it wraps (a few levels deep)."""
+    found, queue = [], [function]
+    for _ in range(64):
+        if not queue:
+            break
+        current = queue.pop()
+        for cell in getattr(current, "__closure__", None) or ():
+            try:
+                value = cell.cell_contents
+            except ValueError:  # an empty cell
+                continue
+            found.append(value)
+            if hasattr(value, "__closure__") and getattr(value, "__module__", "").startswith("flax."):
+                queue.append(value)
+        if hasattr(current, "__wrapped__"):
+            queue.append(current.__wrapped__)
+    return [v for v in found if callable(v)]

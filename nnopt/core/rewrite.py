@@ -1,0 +1,234 @@
+"""Rewrites: pure functions from the sites of a network to edits, applied, checked and remembered."""
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+
+from nnopt.core.example import Example, spec_text
+from nnopt.core.fingerprint import fingerprint
+from nnopt.core.patch import Patch, Patched, Steps
+from nnopt.core.paths import path_text, suggestion
+from nnopt.core.sites import Sites, Trace, sites
+from nnopt.errors import RewriteError, SelectionError
+from nnopt.typing import Edits, Path
+
+
+class Keeps(enum.Enum):
+    """What a rewrite keeps of the network."""
+
+    FUNCTION = "function"
+    """With the weights carried over, outputs are equal up to rounding."""
+
+    OUTPUT_SPEC = "output spec"
+    """Outputs have the same shapes and dtypes."""
+
+
+class Rewrite(abc.ABC):
+    """A rule `Sites -> Edits`. Subclasses are frozen dataclasses, so a rule prints, hashes, compares and is recorded.
+
+    A rule looks at the sites of a network and says which module shall stand at which path. It does not look at weights and
+    draws no random numbers: a random choice is made by whoever builds the rule.
+    """
+
+    keeps: ClassVar[Keeps] = Keeps.OUTPUT_SPEC
+
+    @abc.abstractmethod
+    def __call__(self, sites: Sites) -> Edits:
+        """What shall stand where; an empty mapping leaves the network as it is."""
+
+    def carry(
+        self, path: Path, old: Mapping[str, jax.Array], new: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> Mapping[str, jax.Array]:
+        """The weights below an edited path that follow from the old ones.
+
+        A function-keeping rule copies what has the same name, shape and dtype; any other rule starts afresh. Rules with
+        mathematics of their own override this.
+
+        Args:
+            path: the edited path.
+            old: arrays below it, by `"collection/name/..."` relative to the path.
+            new: specs of what the rewritten network wants there, by the same keys.
+
+        Returns:
+            Arrays for some of the keys of `new`; the others are initialised afresh.
+        """
+        return copy_equal(old, new) if self.keeps is Keeps.FUNCTION else {}
+
+
+def copy_equal(
+    old: Mapping[str, jax.Array], new: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The arrays of `old` whose key, shape and dtype are also in `new`."""
+    return {
+        k: old[k]
+        for k, spec in new.items()
+        if k in old and (old[k].shape, old[k].dtype) == (spec.shape, spec.dtype)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One applied rewrite.
+
+    Attributes:
+        rule: the rule.
+        example: the inputs its sites were traced with.
+        paths: what it edited.
+        fingerprint: of the network it made.
+        patch: everything that stands in that network.
+    """
+
+    rule: Rewrite
+    example: Example
+    paths: tuple[Path, ...]
+    fingerprint: str
+    patch: Patch = dataclasses.field(repr=False, compare=False)
+
+
+def rewrite(net: nn.Module, *rules: Rewrite, example: Any) -> nn.Module:
+    """Applies rules one after another and checks each result.
+
+    Before -> after: `net` -> a network whose `init` and `apply` take and return the same, with other modules standing at the
+    edited paths. Parameters of everything untouched keep their paths and, for the same seed, their exact values.
+
+    Args:
+        net: any linen module, rewritten before or not.
+        *rules: rewrites, applied in this order; each sees the sites that the ones before it left.
+        example: an array of the network's input shape, or an `Example`.
+
+    Returns:
+        The rewritten network, or `net` itself if no rule edits anything.
+
+    Raises:
+        SelectionError: a rule names a path that is not in the network.
+        RewriteError: an edit is never reached, the network fails with it, or its outputs change shape or dtype.
+        UnsupportedNetworkError: see `sites`.
+    """
+    example = Example.of(example)
+    before = sites(net, example)
+    for rule in rules:
+        edits = dict(rule(before))
+        if not edits:
+            continue
+        _check_edits(rule, edits, before)
+        base, patch, steps = _parts(net)
+        kept = {
+            p: m for p, m in patch.items() if p in edits or not any(_above(e, p) for e in edits)
+        }
+        shadowed = {p: m for p, m in patch.items() if p not in kept}
+        # Edits of an earlier rule below a new one survive if the new stand-in still calls what they edit.
+        trace = Trace(Patched(base, Patch({**kept, **shadowed, **edits})), example)
+        _check_result(rule, edits, before, trace)
+        stood_in = trace.recorder.stood_in
+        unreached = [p for p in (*kept, *edits) if p not in stood_in]
+        if unreached:
+            raise RewriteError(
+                f"{rule} edits {path_text(unreached[0])!r}, but the rewritten network never calls what stands there; "
+                "edit the module around it instead"
+            )
+        living = Patch({**kept, **{p: m for p, m in shadowed.items() if p in stood_in}, **edits})
+        print_ = fingerprint(Patched(base, living))
+        step = Step(rule, example, tuple(edits), print_, living)
+        net = Patched(base, living, Steps((*steps, step)))
+        after = trace.sites()
+        before = Sites(net, example, after.outputs, after.variables, after)
+    return net
+
+
+def history(net: nn.Module) -> tuple[Step, ...]:
+    """The rewrites that made a network, oldest first; empty for a network as its author wrote it."""
+    return tuple(net.steps) if isinstance(net, Patched) else ()
+
+
+def replay(base: nn.Module, steps: Iterable[Step]) -> nn.Module:
+    """Makes a network again from its base and history.
+
+    Raises:
+        RewriteError: a step leads to another network than it did, because a rule, a module or the base has changed.
+    """
+    net = base
+    for step in steps:
+        net = rewrite(net, step.rule, example=step.example)
+        made = fingerprint(net)
+        if made != step.fingerprint:
+            raise RewriteError(
+                f"replaying {step.rule} gives another network than it did (fingerprint {made[:12]}, expected "
+                f"{step.fingerprint[:12]}); the base network or the rule has changed since"
+            )
+    return net
+
+
+def base_of(net: nn.Module) -> nn.Module:
+    """The network as its author wrote it."""
+    return net.base if isinstance(net, Patched) else net
+
+
+def _parts(net: nn.Module) -> tuple[nn.Module, Patch, Steps]:
+    if isinstance(net, Patched):
+        return net.base, net.patch, net.steps
+    return net, Patch({}), Steps()
+
+
+def _above(ancestor: Path, path: Path) -> bool:
+    return len(ancestor) < len(path) and path[: len(ancestor)] == ancestor
+
+
+def _check_edits(rule: Rewrite, edits: Mapping[Path, Any], before: Sites) -> None:
+    for path, module in edits.items():
+        if path not in before:
+            raise SelectionError(
+                f"{rule} edits {path_text(path)!r}, which is not in {type(base_of(before.net)).__name__}: "
+                f"{suggestion(path, before.paths)}"
+            )
+        if not isinstance(module, nn.Module) or module.scope is not None:
+            raise RewriteError(
+                f"{rule} puts {module!r} at {path_text(path)!r}; expected an unbound linen module, made with parent=None"
+            )
+
+
+def _check_result(rule: Rewrite, edits: Edits, before: Sites, trace: Trace) -> None:
+    def changed(path: Path) -> tuple[str, str] | None:
+        old = before[path].outputs
+        calls = trace.recorder.calls.get(path)
+        if not calls or _same_spec(old, calls[0].outputs):
+            return None
+        return spec_text(old), spec_text(calls[0].outputs)
+
+    guilty = next(((p, c) for p in before.paths if p in edits and (c := changed(p))), None)
+    if trace.error is not None:
+        if guilty:
+            path, (old, new) = guilty
+            where = f"{path_text(path)!r} now returns {new} instead of {old}"
+        else:
+            failed = path_text(trace.recorder.failed or ())
+            where = f"{failed!r} raises {type(trace.error).__name__}: {_first_line(trace.error)}"
+        raise RewriteError(
+            f"{rule}: the network no longer runs, {where}; keep the output shape there, or edit what takes it as well"
+        ) from trace.error
+    if not _same_spec(before.outputs, trace.outputs):
+        where = ""
+        if guilty:
+            path, (old, new) = guilty
+            where = f", because {path_text(path)!r} now returns {new} instead of {old}"
+        raise RewriteError(
+            f"{rule}: the network returns {spec_text(trace.outputs)} instead of {spec_text(before.outputs)}{where}; "
+            "a rewrite must keep the network's output"
+        )
+
+
+def _same_spec(a: Any, b: Any) -> bool:
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return all(
+        getattr(x, "shape", x) == getattr(y, "shape", y) and getattr(x, "dtype", None) == getattr(y, "dtype", None)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

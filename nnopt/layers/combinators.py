@@ -1,0 +1,70 @@
+"""Small modules that edits are built from: nothing, one after another, record, multiply."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+
+TAPS = "taps"
+"""The variable collection that `Tap` writes to."""
+
+GATES = "gates"
+"""The variable collection that `Gate` reads from."""
+
+
+class Identity(nn.Module):
+    """Returns its first argument and ignores the rest, such as a `train` flag."""
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """`x` -> `x`."""
+        return x
+
+
+class Then(nn.Module):
+    """`x -> after(module(x))`, standing exactly where `module` stood.
+
+    It shares the scope of `module`, so the variables of `module` keep their paths; those of `after` live below `after`.
+
+    Attributes:
+        module: what runs first, with all arguments.
+        after: runs on its result.
+    """
+
+    wraps: ClassVar[str] = "module"
+
+    module: nn.Module
+    after: nn.Module
+
+    def setup(self) -> None:
+        """Takes over the scope of `module`."""
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments of `module` -> result of `after`."""
+        return self.after(self.module(*args, **kwargs))
+
+
+class Tap(nn.Module):
+    """Passes `x` on and writes it down: `apply(..., mutable=["taps"])` returns it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[...]` -> the same array."""
+        self.sow(TAPS, "value", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return x
+
+
+class Gate(nn.Module):
+    """Multiplies `x` by a gate if one is given in the `gates` collection, else passes it on untouched.
+
+    The derivative of a loss with respect to a gate of ones is the sum over positions of activation times gradient, without
+    an activation gradient ever being stored.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[batch, ..., channels]` times a gate `[batch, channels]` -> `[batch, ..., channels]`."""
+        if not self.has_variable(GATES, "gate"):
+            return x
+        gate = self.get_variable(GATES, "gate")
+        return x * gate.reshape(gate.shape[0], *(1,) * (x.ndim - 2), gate.shape[-1])
