@@ -1,0 +1,1 @@
+"""Places that compile, run and time networks."""

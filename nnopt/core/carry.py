@@ -78,10 +78,15 @@ def carry(
     for step in steps:
         specs = _flat(_specs(Patched(base, step.patch), example))
         current, origin = _carry_step(step, current, origin, specs)
-    initialised = jax.jit(lambda k: new.init(rngs(k), *example.zeros()[0], **example.zeros()[1]))(key)
+    initialised = jax.jit(lambda k: new.init(rngs(k), *example.zeros()[0], **example.zeros()[1]))(
+        key
+    )
     fresh = _flat(initialised)
     result = {name: current.get(name, value) for name, value in fresh.items()}
-    named = {kind: tuple("/".join(n) for n in fresh if origin.get(n, "fresh") == kind) for kind in ("copied", "transformed", "fresh")}
+    named = {
+        kind: tuple("/".join(n) for n in fresh if origin.get(n, "fresh") == kind)
+        for kind in ("copied", "transformed", "fresh")
+    }
     dropped = tuple("/".join(n) for n in arrays if origin.get(n) != "copied")
     return unflatten_dict(result), CarryReport(**named, dropped=dropped)
 
@@ -124,9 +129,9 @@ def _relative(name: Path, path: Path) -> str:
 
 def _steps_between(old: nn.Module, new: nn.Module) -> tuple[Step, ...]:
     before, after = history(old), history(new)
-    same = fingerprint(base_of(old)) == fingerprint(base_of(new)) and [s.fingerprint for s in before] == [
-        s.fingerprint for s in after[: len(before)]
-    ]
+    same = fingerprint(base_of(old)) == fingerprint(base_of(new)) and [
+        s.fingerprint for s in before
+    ] == [s.fingerprint for s in after[: len(before)]]
     if not same:
         raise CarryError(
             f"weights cannot be carried: the new network was not rewritten from the old {type(base_of(old)).__name__}; "

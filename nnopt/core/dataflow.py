@@ -150,8 +150,9 @@ def _name_sites(
     context: nn.module.InterceptorContext,
 ) -> Any:
     module, method = context.module, context.method_name
-    inner = module.scope is not None and module.scope.path and method not in ("setup", "<lambda>")
-    if not inner or isinstance(module, Patched):
+    if module.scope is None or not module.scope.path or isinstance(module, Patched):
+        return next_fun(*args, **kwargs)
+    if method in ("setup", "<lambda>"):
         return next_fun(*args, **kwargs)
     text = path_text(module.scope.path)
     args = _with_name(args, f"{_ENTER}{text}")

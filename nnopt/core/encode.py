@@ -32,7 +32,9 @@ class _Encoder:
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
-        self.modules: list[nn.Module] = []  # in order of first appearance: a second one is a reference
+        self.modules: list[
+            nn.Module
+        ] = []  # in order of first appearance: a second one is a reference
 
     def __call__(self, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | str):
@@ -152,10 +154,14 @@ class _Encoder:
             except TypeError:
                 continue
             same = again.__code__ is function.__code__ and (
-                _Encoder(strict=False)(tuple(_cells(again))) == _Encoder(strict=False)(tuple(_cells(function)))
+                _Encoder(strict=False)(tuple(_cells(again)))
+                == _Encoder(strict=False)(tuple(_cells(function)))
             )
             if same:
-                return {"call": f"{home}:{maker.__name__}", "kwargs": {k: self(v) for k, v in kwargs.items()}}
+                return {
+                    "call": f"{home}:{maker.__name__}",
+                    "kwargs": {k: self(v) for k, v in kwargs.items()},
+                }
         return None
 
     def opaque(self, value: Any) -> Any:
@@ -168,7 +174,13 @@ class _Encoder:
             return {"opaque": _name_of(value.__func__), "of": self(value.__self__)}
         if isinstance(value, types.FunctionType):
             code = value.__code__
-            text = repr((code.co_code, code.co_names, [c for c in code.co_consts if not hasattr(c, "co_code")]))
+            text = repr(
+                (
+                    code.co_code,
+                    code.co_names,
+                    [c for c in code.co_consts if not hasattr(c, "co_code")],
+                )
+            )
             return {
                 "opaque": _name_of(value),
                 "code": hashlib.sha256(text.encode()).hexdigest(),
@@ -178,7 +190,10 @@ class _Encoder:
         if hasattr(value, "__wrapped__"):
             return {"opaque": type(value).__name__, "of": self(value.__wrapped__)}
         try:
-            return {"opaque": _name_of(type(value)), "data": hashlib.sha256(pickle.dumps(value)).hexdigest()}
+            return {
+                "opaque": _name_of(type(value)),
+                "data": hashlib.sha256(pickle.dumps(value)).hexdigest(),
+            }
         except Exception:  # a foreign object may refuse to be pickled in any way it likes
             return {"opaque": _name_of(type(value)), "id": id(value)}
 
@@ -225,14 +240,18 @@ class _Decoder:
         for key, (others, method) in _FORMS.items():
             if key in value:
                 if set(value) != {key, *others}:
-                    raise RecordError(f"a record entry with {key!r} must have exactly the keys {sorted({key, *others})}, got {sorted(value)}")
+                    raise RecordError(
+                        f"a record entry with {key!r} must have exactly the keys {sorted({key, *others})}, got {sorted(value)}"
+                    )
                 try:
                     return method(self, value)
                 except RecordError:
                     raise
                 except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:
                     raise RecordError(f"a record entry with {key!r} is malformed: {e}") from e
-        raise RecordError(f"a record entry has none of the known forms ({', '.join(_FORMS)}): keys {sorted(value)}")
+        raise RecordError(
+            f"a record entry has none of the known forms ({', '.join(_FORMS)}): keys {sorted(value)}"
+        )
 
     def module(self, v: dict[str, Any]) -> nn.Module:
         index = len(self.modules)
@@ -258,7 +277,9 @@ class _Decoder:
 
     def call(self, v: dict[str, Any]) -> Any:
         if v["call"].split(":")[0] not in _FACTORIES:
-            raise RecordError(f"a record may only call initializers of {' or '.join(_FACTORIES)}, not {v['call']}")
+            raise RecordError(
+                f"a record may only call initializers of {' or '.join(_FACTORIES)}, not {v['call']}"
+            )
         return _find(v["call"])(**{k: self(x) for k, x in v["kwargs"].items()})
 
     def type(self, v: dict[str, Any]) -> Any:
@@ -280,7 +301,10 @@ _FORMS: dict[str, tuple[tuple[str, ...], Callable[[_Decoder, dict[str, Any]], An
     "list": ((), lambda d, v: [d(x) for x in v["list"]]),
     "dict": ((), lambda d, v: {d(k): d(x) for k, x in v["dict"]}),
     "set": ((), lambda d, v: frozenset(d(x) for x in v["set"])),
-    "spec": (("dtype",), lambda d, v: jax.ShapeDtypeStruct(tuple(v["spec"]), jnp.dtype(v["dtype"]))),
+    "spec": (
+        ("dtype",),
+        lambda d, v: jax.ShapeDtypeStruct(tuple(v["spec"]), jnp.dtype(v["dtype"])),
+    ),
     "array": (("shape", "dtype"), _Decoder.array),
     "dtype": ((), lambda d, v: jnp.dtype(v["dtype"])),
     "enum": (("name",), lambda d, v: _find(v["enum"])[v["name"]]),
@@ -321,7 +345,9 @@ def _find(name: str) -> Any:
         for part in qualname.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as e:
-        raise RecordError(f"{name!r} is not there to import: {e}; install or import what defines it") from e
+        raise RecordError(
+            f"{name!r} is not there to import: {e}; install or import what defines it"
+        ) from e
     return found
 
 

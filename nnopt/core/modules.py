@@ -1,6 +1,7 @@
 """Modules as values: detaching one from a running network and binding one in the place of another."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -36,7 +37,9 @@ def configuration(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def map_values(fn: Callable[[Any, tuple[Any, ...]], Any], tree: Any, keys: tuple[Any, ...] = ()) -> Any:
+def map_values(
+    fn: Callable[[Any, tuple[Any, ...]], Any], tree: Any, keys: tuple[Any, ...] = ()
+) -> Any:
     """Applies `fn(leaf, keys)` to the leaves of nested lists, tuples and mappings, keeping containers' types."""
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_values(fn, v, (*keys, i)) for i, v in enumerate(tree)))
@@ -55,13 +58,12 @@ def detach(module: nn.Module) -> nn.Module:
     copies: dict[int, nn.Module] = {}  # one copy for a child held by two fields keeps it shared
 
     def copy(owner: nn.Module) -> nn.Module:
-        updates = {
-            field: map_values(lambda v, keys, f=field: convert(owner, v, f, keys), value)
-            for field, value in configuration(owner).items()
-        }
+        updates = {}
+        for field, value in configuration(owner).items():
+            updates[field] = map_values(functools.partial(convert, owner, field), value)
         return owner.clone(parent=None, name=None, **updates)
 
-    def convert(owner: nn.Module, value: Any, field: str, keys: tuple[Any, ...]) -> Any:
+    def convert(owner: nn.Module, field: str, value: Any, keys: tuple[Any, ...]) -> Any:
         if isinstance(value, jax.core.Tracer):
             return External(field, keys)
         if not isinstance(value, nn.Module):
@@ -114,7 +116,11 @@ def _holds(module: nn.Module, kind: type) -> bool:
 
     def look(value: Any, _: tuple[Any, ...]) -> Any:
         nonlocal found
-        found = found or isinstance(value, kind) or (isinstance(value, nn.Module) and _holds(value, kind))
+        found = (
+            found
+            or isinstance(value, kind)
+            or (isinstance(value, nn.Module) and _holds(value, kind))
+        )
         return value
 
     for value in configuration(module).values():
@@ -154,7 +160,9 @@ def _closed_over(function: Any) -> Iterable[Any]:
             except ValueError:  # an empty cell
                 continue
             found.append(value)
-            if hasattr(value, "__closure__") and getattr(value, "__module__", "").startswith("flax."):
+            if hasattr(value, "__closure__") and getattr(value, "__module__", "").startswith(
+                "flax."
+            ):
                 queue.append(value)
         if hasattr(current, "__wrapped__"):
             queue.append(current.__wrapped__)

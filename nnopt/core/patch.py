@@ -139,7 +139,9 @@ def _stand_in(patch: Patch, root: Path) -> Callable[..., Any]:
         context: nn.module.InterceptorContext,
     ) -> Any:
         live, method = context.module, context.method_name
-        if live.scope is None or method == "<lambda>":  # how Flax looks into a lifted module; not a call
+        if (
+            live.scope is None or method == "<lambda>"
+        ):  # how Flax looks into a lifted module; not a call
             return next_fun(*args, **kwargs)
         path = live.scope.path
         module = patch.get(path[len(root) :]) if path[: len(root)] == root else None

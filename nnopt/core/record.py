@@ -55,13 +55,17 @@ def from_record(record: Any) -> nn.Module:
         RecordError: the JSON is not a network record, or replaying it gives another network.
     """
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise RecordError(f"not a network record: expected a JSON object with \"format\": \"{FORMAT}\"")
+        raise RecordError(f'not a network record: expected a JSON object with "format": "{FORMAT}"')
     if record.get("version") != VERSION:
-        raise RecordError(f"network record of version {record.get('version')!r}, this nnopt reads {VERSION}; install the nnopt that wrote it")
+        raise RecordError(
+            f"network record of version {record.get('version')!r}, this nnopt reads {VERSION}; install the nnopt that wrote it"
+        )
     _check_keys(record, _KEYS, "network record")
     net = decode(record["base"])
     if not isinstance(net, nn.Module):
-        raise RecordError(f"the base of a network record must be a linen module, got {type(net).__name__}")
+        raise RecordError(
+            f"the base of a network record must be a linen module, got {type(net).__name__}"
+        )
     if not isinstance(record["steps"], list):
         raise RecordError("the steps of a network record must be a list")
     for index, step in enumerate(record["steps"]):
@@ -91,11 +95,15 @@ def load_record(path: str | os.PathLike[str]) -> nn.Module:
     try:
         text = pathlib.Path(path).read_text()
     except (OSError, UnicodeDecodeError) as e:
-        raise RecordError(f"cannot read network record {path}: {e}; give the path of a JSON file that nnopt wrote") from e
+        raise RecordError(
+            f"cannot read network record {path}: {e}; give the path of a JSON file that nnopt wrote"
+        ) from e
     try:
         record = json.loads(text)
     except json.JSONDecodeError as e:
-        raise RecordError(f"{path} is not valid JSON (line {e.lineno}: {e.msg}); it may have been cut off, write it again") from e
+        raise RecordError(
+            f"{path} is not valid JSON (line {e.lineno}: {e.msg}); it may have been cut off, write it again"
+        ) from e
     try:
         return from_record(record)
     except RecordError as e:

@@ -222,11 +222,12 @@ def _check_result(rule: Rewrite, edits: Edits, before: Sites, trace: Trace) -> N
 
 
 def _same_spec(a: Any, b: Any) -> bool:
-    if jax.tree.structure(a) != jax.tree.structure(b):
-        return False
-    return all(
-        getattr(x, "shape", x) == getattr(y, "shape", y) and getattr(x, "dtype", None) == getattr(y, "dtype", None)
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    old, new = jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b)
+    return len(old) == len(new) and all(
+        key == other
+        and getattr(x, "shape", x) == getattr(y, "shape", y)
+        and getattr(x, "dtype", None) == getattr(y, "dtype", None)
+        for (key, x), (other, y) in zip(old, new, strict=True)
     )
 
 

@@ -23,7 +23,19 @@ from nnopt.core.paths import as_path, suggestion
 from nnopt.core.sites import Sites, sites
 from nnopt.errors import SelectionError
 
-__all__ = ["All", "At", "Exactly", "Glob", "Leaves", "Of", "Selector", "Under", "as_selector", "select", "sites"]
+__all__ = [
+    "All",
+    "At",
+    "Exactly",
+    "Glob",
+    "Leaves",
+    "Of",
+    "Selector",
+    "Under",
+    "as_selector",
+    "select",
+    "sites",
+]
 
 
 class Selector(abc.ABC):
@@ -53,7 +65,9 @@ def as_selector(where: Selector | str) -> Selector:
         return where
     if isinstance(where, str):
         return Glob(where) if any(c in where for c in "*?[") else At(where)
-    raise SelectionError(f"{where!r} selects nothing; expected a path such as 'stage1/conv', a wildcard, or a selector")
+    raise SelectionError(
+        f"{where!r} selects nothing; expected a path such as 'stage1/conv', a wildcard, or a selector"
+    )
 
 
 def select(sites: Sites, where: Selector | str) -> Sites:
@@ -197,4 +211,6 @@ def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
         return not path
     if pattern[0] == "**":
         return any(_matches(path[i:], pattern[1:]) for i in range(len(path) + 1))
-    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
+    return (
+        bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
+    )

@@ -74,10 +74,10 @@ def _same(a: Site, b: Site) -> bool:
     """Whether two sites look alike by themselves; what stands below them is compared on its own."""
     if not a.path or _own_classes(a) == _own_classes(b) == "container":
         return type(a.module) is type(b.module)
-    return (
-        encode(a.module, strict=False) == encode(b.module, strict=False)
-        and (a.inputs, a.outputs) == (b.inputs, b.outputs)
-    )
+    return encode(a.module, strict=False) == encode(b.module, strict=False) and (
+        a.inputs,
+        a.outputs,
+    ) == (b.inputs, b.outputs)
 
 
 def _own_classes(site: Site) -> str:
@@ -142,4 +142,6 @@ def _total(found: Sites) -> int:
 
 def _columns(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))] if rows else []
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
+    )

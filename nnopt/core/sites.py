@@ -170,7 +170,9 @@ def sites(net: nn.Module, example: Any) -> Sites:
     trace = Trace(net, Example.of(example))
     if trace.error is None:
         return trace.sites()
-    if trace.recorder.failed is None and isinstance(trace.error, TypeError):  # not even the call itself fits
+    if trace.recorder.failed is None and isinstance(
+        trace.error, TypeError
+    ):  # not even the call itself fits
         raise UnsupportedNetworkError(
             f"{_title(net)} cannot be called with {trace.example}: {trace.error}; give the arguments that its __call__ takes"
         ) from trace.error
@@ -198,7 +200,9 @@ class Trace:
                     lambda key, *args, **kwargs: net.init_with_output(rngs(key), *args, **kwargs),
                     jax.random.key(0),
                 )
-            except Exception as e:  # foreign code may raise anything; the caller decides what it means
+            except (
+                Exception
+            ) as e:  # foreign code may raise anything; the caller decides what it means
                 self.error = e
 
     def sites(self) -> Sites:
@@ -229,6 +233,7 @@ class Recorder:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
+        """Writes a call down and lets it happen."""
         module, method = context.module, context.method_name
         if module.scope is None:
             return next_fun(*args, **kwargs)
@@ -257,6 +262,7 @@ class Recorder:
         return outputs
 
     def sites(self, variables: Any) -> Iterator[Site]:
+        """What was called, each module with its own share of the network's variables."""
         for path, module in self.modules.items():
             own = {
                 collection: own_leaves(subtree(tree, path), path, self.modules)

@@ -66,5 +66,5 @@ class Gate(nn.Module):
         """`[batch, ..., channels]` times a gate `[batch, channels]` -> `[batch, ..., channels]`."""
         if not self.has_variable(GATES, "gate"):
             return x
-        gate = self.get_variable(GATES, "gate")
+        gate: jax.Array = self.get_variable(GATES, "gate")
         return x * gate.reshape(gate.shape[0], *(1,) * (x.ndim - 2), gate.shape[-1])

@@ -5,7 +5,7 @@ need be, and its weight gradient slower still (seconds for one layer). Spreading
 is exact and runs at the speed of a dense convolution, which makes training on a CPU possible. Other platforms keep the native form.
 """
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,29 +34,41 @@ def block_diagonal(kernel: jax.Array, groups: int) -> jax.Array:
 
 
 def grouped_conv_general_dilated(
-    lhs: jax.Array, rhs: jax.Array, *args: Any, feature_group_count: int = 1, **kwargs: Any
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    *,
+    feature_group_count: int = 1,
+    **kwargs: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` for kernels laid out `[*window, in, out]`; on a CPU, groups become block diagonals.
 
     Args:
         lhs: input, in the layout that `dimension_numbers` says.
         rhs: kernel `[*window, in // groups, out]`.
-        *args: as `lax.conv_general_dilated`.
+        window_strides: as `lax.conv_general_dilated`.
+        padding: likewise.
         feature_group_count: number of groups.
         **kwargs: as `lax.conv_general_dilated`.
 
     Returns:
         The same values as `lax.conv_general_dilated`, up to rounding.
     """
-    native = functools.partial(lax.conv_general_dilated, **kwargs)
+
+    def native(x: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
+        return lax.conv_general_dilated(
+            x, kernel, window_strides, padding, feature_group_count=groups, **kwargs
+        )
+
     if feature_group_count == 1:
-        return native(lhs, rhs, *args)
+        return native(lhs, rhs, 1)
 
-    def dense(x: jax.Array, k: jax.Array) -> jax.Array:
-        return native(x, block_diagonal(k, feature_group_count), *args)
+    def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return native(x, block_diagonal(kernel, feature_group_count), 1)
 
-    def grouped(x: jax.Array, k: jax.Array) -> jax.Array:
-        return native(x, k, *args, feature_group_count=feature_group_count)
+    def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return native(x, kernel, feature_group_count)
 
     # The native form is the default branch, and only the branch of the platform is compiled.
     return lax.platform_dependent(lhs, rhs, cpu=dense, default=grouped)

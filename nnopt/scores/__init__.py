@@ -1,0 +1,1 @@
+"""Training-free scores: one file for each."""

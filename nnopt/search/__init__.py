@@ -1,0 +1,1 @@
+"""Spaces of candidates, samplers, and the searches over them."""

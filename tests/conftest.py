@@ -1,0 +1,19 @@
+"""Settings and fixtures for all tests."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The folder of real data that NNOPT_DATA names; tests that need it skip without it."""
+    folder = os.environ.get("NNOPT_DATA")
+    if not folder:
+        pytest.skip("needs the real data: set NNOPT_DATA to the folder that holds it")
+    return pathlib.Path(folder)
