@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 
 from nnopt import data
+from nnopt.core import Example, Patched, rewrite
 from nnopt.errors import DataError
-from nnopt.training import loop, recipe
-from nnopt.training.loop import Evaluator, Trainer, evaluate, evaluate_test, train
-from nnopt.training.recipe import Recipe
+from nnopt.rewrites import Configure
+from nnopt.training import (
+    Evaluator,
+    Recipe,
+    Trainer,
+    apply,
+    evaluate,
+    evaluate_test,
+    loop,
+    recipe,
+    train,
+)
 
 
 class Small(nn.Module):
@@ -197,7 +207,7 @@ def test_padding_never_counts(digits):
 
 
 def test_evaluator_compiles_once(net, variables, digits):
-    apply_eval = chex.assert_max_traces(loop.default_apply_eval(net), n=1)
+    apply_eval = chex.assert_max_traces(apply.default_apply_eval(net), n=1)
     evaluator = Evaluator(net, digits.mean, digits.std, batch=16, apply_eval=apply_eval)
     for n in (50, 16, 3):
         evaluator(variables, digits.test_images[:n], digits.test_labels[:n])
@@ -225,9 +235,9 @@ def assert_same(a, b):
 
 def test_training_learns_and_traces_once(net, variables, digits):
     rows = []
-    apply_train = chex.assert_max_traces(loop.default_apply_train(net), n=1)
+    apply_train = chex.assert_max_traces(apply.default_apply_train(net), n=1)
     # Once for the check of the outputs' shape, once for the evaluation.
-    apply_eval = chex.assert_max_traces(loop.default_apply_eval(net), n=2)
+    apply_eval = chex.assert_max_traces(apply.default_apply_eval(net), n=2)
     before = jax.tree.map(np.array, variables)
     value = dataclasses.replace(QUICK, epochs=10)
     result = train(
@@ -380,8 +390,8 @@ def test_the_mode_is_passed_by_its_keyword(keyword):
     exec(f"def call(self, x, *, {keyword}): return {keyword}", namespace)
     net = type("Net", (), {"__call__": namespace["call"]})()
     normal = keyword in ("train", "training")
-    assert loop._mode(net, True) == {keyword: normal}
-    assert loop._mode(net, False) == {keyword: not normal}
+    assert apply.mode_of(net, True) == {keyword: normal}
+    assert apply.mode_of(net, False) == {keyword: not normal}
 
 
 def test_wrappers_are_asked_by_their_base():
@@ -395,9 +405,25 @@ def test_wrappers_are_asked_by_their_base():
         def __call__(self, x, **kwargs):
             return x
 
-    assert loop._mode(Wrapper(Plain()), True) == {}
-    assert loop._mode(Wrapper(Small()), True) == {"train": True}
-    assert loop._mode(Takes(), False) == {"train": False}
+    assert apply.mode_of(Wrapper(Plain()), True) == {}
+    assert apply.mode_of(Wrapper(Small()), True) == {"train": True}
+    assert apply.mode_of(Takes(), False) == {"train": False}
+
+
+def test_a_rewritten_network_is_trained(net, digits):
+    """In training mode: the statistics move, and dropout gets its key."""
+    example = Example(jnp.zeros((1, 32, 32, 3)))
+    wide = rewrite(net, Configure.of("Conv_0", features=6), example=example)
+    assert isinstance(wide, Patched)
+    assert apply.mode_of(wide, True) == {"train": True}
+    assert apply.mode_of(wide, False) == {"train": False}
+    variables = wide.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    result = train(wide, variables, digits, QUICK, jax.random.key(0))
+    assert result.history[-1].loss < result.history[0].loss
+    mean = result.variables["batch_stats"]["BatchNorm_0"]["mean"]
+    assert mean.shape == (6,)
+    assert np.abs(mean).max() > 0
+    assert evaluate_test(wide, result.variables, digits) == result.test_accuracy
 
 
 def test_an_objective_replaces_the_cross_entropy(digits):

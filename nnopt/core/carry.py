@@ -78,13 +78,18 @@ def carry(
     for step in steps:
         specs = _flat(_specs(Patched(base, step.patch), example))
         current, origin = _carry_step(step, current, origin, specs)
-    initialised = jax.jit(lambda k: new.init(rngs(k), *example.zeros()[0], **example.zeros()[1]))(
-        key
-    )
-    fresh = _flat(initialised)
-    result = {name: current.get(name, value) for name, value in fresh.items()}
+    wanted = _flat(_specs(new, example))
+    missing = [name for name in wanted if name not in current]
+
+    @jax.jit  # only what is missing is compiled and computed
+    def fresh(key: jax.Array) -> dict[Path, Any]:
+        made = _flat(example.init(new, key))
+        return {name: made[name] for name in missing}
+
+    current |= fresh(key) if missing else {}
+    result = {name: current[name] for name in wanted}
     named = {
-        kind: tuple("/".join(n) for n in fresh if origin.get(n, "fresh") == kind)
+        kind: tuple("/".join(n) for n in wanted if origin.get(n, "fresh") == kind)
         for kind in ("copied", "transformed", "fresh")
     }
     dropped = tuple("/".join(n) for n in arrays if origin.get(n) != "copied")

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from nnopt.core.example import Example, rngs
+from nnopt.core.modules import is_method
 from nnopt.core.patch import Patched
 from nnopt.core.paths import path_text
 from nnopt.core.select import Selector
@@ -152,7 +153,7 @@ def _name_sites(
     module, method = context.module, context.method_name
     if module.scope is None or not module.scope.path or isinstance(module, Patched):
         return next_fun(*args, **kwargs)
-    if method in ("setup", "<lambda>"):
+    if method == "setup" or not is_method(module, method):
         return next_fun(*args, **kwargs)
     text = path_text(module.scope.path)
     args = _with_name(args, f"{_ENTER}{text}")

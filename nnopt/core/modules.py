@@ -28,6 +28,18 @@ class External:
     keys: tuple[Any, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Following:
+    """In a field of a stand-in: the value that the module it stands in for has there in the same call.
+
+    `nn.BatchNorm(use_running_average=not train)` is another configuration in each mode, but one trace sees only one of them.
+    `value` is what the trace saw; it counts where a module of another class stands below.
+    """
+
+    field: str
+    value: Any
+
+
 def configuration(module: nn.Module) -> dict[str, Any]:
     """The fields that define what a module is: everything a constructor takes but parent and name."""
     return {
@@ -35,6 +47,14 @@ def configuration(module: nn.Module) -> dict[str, Any]:
         for f in dataclasses.fields(module)
         if f.init and f.name not in _NOT_CONFIGURATION
     }
+
+
+def is_method(module: nn.Module, name: str) -> bool:
+    """Whether an intercepted name is one of the module's methods.
+
+    Flax also reports functions that it lifts over a module: `<lambda>`, or the body of the scan in `nn.RNN`.
+    """
+    return hasattr(type(module), name)
 
 
 def map_values(
@@ -80,13 +100,91 @@ def detach(module: nn.Module) -> nn.Module:
     return copy(module)
 
 
+def share_scope(wrapper: nn.Module, inner: nn.Module) -> None:
+    """`nn.share_scope`, for modules that hold modules in fields as well.
+
+    Flax gives such children a scope when `inner` is bound, below the one that it is about to leave, and moves their
+    variables but not their paths and random streams.
+    """
+    assert wrapper.scope is not None and inner.scope is not None
+    left = inner.scope
+    if left.parent is wrapper.scope:  # a child of `inner` may have the name of the field
+        wrapper.scope.reservations.pop(left.name, None)
+    nn.share_scope(wrapper, inner)
+    if inner.scope is left:
+        return
+
+    def move(owner: nn.Module, old: Path) -> None:
+        def moved(value: Any, _: tuple[Any, ...]) -> Any:
+            if isinstance(value, nn.Module) and value.scope is not None:
+                path = value.scope.path
+                if path == (*old, value.name):
+                    assert owner.scope is not None
+                    object.__setattr__(value, "scope", owner.scope.push(value.name, reuse=True))
+                    move(value, path)
+            return value
+
+        for value in configuration(owner).values():
+            map_values(moved, value)
+
+    move(inner, left.path)
+
+
+def follow(
+    edit: nn.Module, seen: nn.Module, stands: nn.Module | None, pins: frozenset[str] = frozenset()
+) -> nn.Module:
+    """An edit, with what it leaves alone in the module it was made from bound to the network again.
+
+    Args:
+        edit: what a rule wants to stand at a site.
+        seen: the module of the site, as the rule saw it: with the values of the traced call.
+        stands: what stands there already, if an earlier rule put it there; its own marks are kept.
+        pins: fields that keep the value `edit` gives them in every call.
+    """
+    if stands is None:
+        flags = {k: Following(k, v) for k, v in configuration(seen).items() if _may_be_flag(v)}
+        stands = seen.clone(parent=None, name=None, **flags)
+    was, now = configuration(seen), configuration(stands)
+    copies: dict[int, nn.Module] = {id(seen): stands}
+
+    def walk(module: nn.Module, in_place: bool) -> nn.Module:
+        if id(module) in copies:
+            return copies[id(module)]
+        wrapped = getattr(type(module), "wraps", None) if in_place else None
+
+        def inner(name: str, value: Any, _: tuple[Any, ...]) -> Any:
+            return walk(value, name == wrapped) if isinstance(value, nn.Module) else value
+
+        same = in_place and type(module) is type(seen)
+        updates = {
+            name: now[name]
+            if same and name not in pins and value is was[name]
+            else map_values(functools.partial(inner, name), value)
+            for name, value in configuration(module).items()
+        }
+        copies[id(module)] = module.clone(parent=None, name=None, **updates)
+        return copies[id(module)]
+
+    return walk(edit, True)
+
+
+def _may_be_flag(value: Any) -> bool:
+    """Whether a field could tell training from inference: a boolean, or a factory that was given one."""
+    if isinstance(value, functools.partial):
+        return any(isinstance(v, bool) for v in value.keywords.values())
+    return isinstance(value, bool)
+
+
 def bind_in_place_of(live: nn.Module, stand_in: nn.Module) -> nn.Module:
     """Binds the unbound `stand_in` to the scope of `live`, so that its variables live at the same path."""
     assert live.scope is not None
+    copies: dict[int, nn.Module] = {}
 
-    def resolve(value: Any, _: tuple[Any, ...]) -> Any:
+    def resolve(owner: nn.Module, value: Any, _: tuple[Any, ...]) -> Any:
         if isinstance(value, nn.Module):
             return resolved(value)
+        if isinstance(value, Following):
+            return getattr(live, value.field) if type(live) is type(owner) else value.value
         if not isinstance(value, External):
             return value
         try:
@@ -102,16 +200,19 @@ def bind_in_place_of(live: nn.Module, stand_in: nn.Module) -> nn.Module:
         return found
 
     def resolved(module: nn.Module) -> nn.Module:
-        if not _holds(module, External):
+        if not _holds(module, External | Following):
             return module
-        fields = {k: map_values(resolve, v) for k, v in configuration(module).items()}
-        return module.clone(parent=None, name=None, **fields)
+        if id(module) not in copies:
+            resolve_in = functools.partial(resolve, module)
+            fields = {k: map_values(resolve_in, v) for k, v in configuration(module).items()}
+            copies[id(module)] = module.clone(parent=None, name=None, **fields)
+        return copies[id(module)]
 
     # A rewound scope forgets which child names the original has reserved: its children are not run.
     return resolved(stand_in).clone(parent=live.scope.rewound(), name=live.name)
 
 
-def _holds(module: nn.Module, kind: type) -> bool:
+def _holds(module: nn.Module, kind: Any) -> bool:
     found = False
 
     def look(value: Any, _: tuple[Any, ...]) -> Any:

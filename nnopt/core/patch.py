@@ -6,10 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 
-from nnopt.core.encode import digest, encode
-from nnopt.core.modules import External, bind_in_place_of, configuration
+from nnopt.core.encode import decode, digest, encode
+from nnopt.core.modules import External, Following, bind_in_place_of, configuration, is_method, share_scope
 from nnopt.core.paths import path_text
-from nnopt.errors import RewriteError
+from nnopt.errors import RecordError, RewriteError
 from nnopt.typing import Path
 
 # Paths whose stand-in is running. Events at such a path come from the stand-in itself (its own methods, or a module
@@ -34,6 +34,14 @@ class Patch:
     def items(self) -> Iterable[tuple[Path, nn.Module]]:
         """Pairs of path and module."""
         return self._edits.items()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Flax's layers hold initialisers that cannot be pickled, but can be named.
+        try:
+            edits = [(path, encode(module, strict=True)) for path, module in self._edits.items()]
+        except RecordError:
+            return Patch, (self._edits,)
+        return _unpickled, (edits,)
 
     def __contains__(self, path: object) -> bool:
         return path in self._edits
@@ -60,6 +68,10 @@ class Patch:
     def __repr__(self) -> str:
         places = ", ".join(f"{path_text(p)}: {type(m).__name__}" for p, m in self._edits.items())
         return f"Patch({places})"
+
+
+def _unpickled(edits: Iterable[tuple[Path, Any]]) -> Patch:
+    return Patch({path: decode(module) for path, module in edits})
 
 
 class Steps:
@@ -106,7 +118,7 @@ class Patched(nn.Module):
 
     def setup(self) -> None:
         """Gives the base network this module's own scope."""
-        nn.share_scope(self, self.base)
+        share_scope(self, self.base)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base network with the stand-ins in place."""
@@ -139,9 +151,7 @@ def _stand_in(patch: Patch, root: Path) -> Callable[..., Any]:
         context: nn.module.InterceptorContext,
     ) -> Any:
         live, method = context.module, context.method_name
-        if (
-            live.scope is None or method == "<lambda>"
-        ):  # how Flax looks into a lifted module; not a call
+        if live.scope is None or not is_method(live, method):
             return next_fun(*args, **kwargs)
         path = live.scope.path
         module = patch.get(path[len(root) :]) if path[: len(root)] == root else None
@@ -181,6 +191,6 @@ def _take_configuration(live: nn.Module, module: nn.Module) -> bool:
     if type(module) is not type(live):
         return False
     for field, value in configuration(module).items():
-        if not isinstance(value, nn.Module | External | list | tuple | Mapping):
+        if not isinstance(value, nn.Module | External | Following | list | tuple | Mapping):
             object.__setattr__(live, field, value)
     return True

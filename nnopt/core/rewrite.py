@@ -1,6 +1,7 @@
 """Rewrites: pure functions from the sites of a network to edits, applied, checked and remembered."""
 
 import abc
+import copyreg
 import dataclasses
 import enum
 from collections.abc import Iterable, Mapping
@@ -9,12 +10,14 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
+from nnopt.core.encode import decode, encode
 from nnopt.core.example import Example, spec_text
 from nnopt.core.fingerprint import fingerprint
+from nnopt.core.modules import follow
 from nnopt.core.patch import Patch, Patched, Steps
 from nnopt.core.paths import path_text, suggestion
 from nnopt.core.sites import Sites, Trace, sites
-from nnopt.errors import RewriteError, SelectionError
+from nnopt.errors import RecordError, RewriteError, SelectionError
 from nnopt.typing import Edits, Path
 
 
@@ -40,6 +43,22 @@ class Rewrite(abc.ABC):
     @abc.abstractmethod
     def __call__(self, sites: Sites) -> Edits:
         """What shall stand where; an empty mapping leaves the network as it is."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A rule may hold layers of Flax, whose initialisers cannot be pickled, but can be named.
+        try:
+            return decode, (encode(self, strict=True),)
+        except RecordError:
+            return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]
+
+    @property
+    def pins(self) -> frozenset[str]:
+        """Fields that this rule sets on purpose, in every call of the network.
+
+        An edit is made from what one trace saw. A boolean field that it leaves as it was, such as the
+        `use_running_average` of a batch norm, follows the network, which sets it anew in each call.
+        """
+        return frozenset()
 
     def carry(
         self, path: Path, old: Mapping[str, jax.Array], new: Mapping[str, jax.ShapeDtypeStruct]
@@ -117,6 +136,9 @@ def rewrite(net: nn.Module, *rules: Rewrite, example: Any) -> nn.Module:
             continue
         _check_edits(rule, edits, before)
         base, patch, steps = _parts(net)
+        edits = {
+            p: follow(m, before[p].module, patch.get(p), rule.pins) for p, m in edits.items()
+        }
         kept = {
             p: m for p, m in patch.items() if p in edits or not any(_above(e, p) for e in edits)
         }

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from nnopt.core.example import Example, rngs, spec_of, spec_text
-from nnopt.core.modules import detach, refuse_jit
+from nnopt.core.modules import detach, is_method, refuse_jit
 from nnopt.core.patch import Patched, is_standing_in
 from nnopt.core.paths import as_path, path_text, subtree, suggestion
 from nnopt.errors import SelectionError, UnsupportedNetworkError
@@ -43,13 +43,15 @@ class Site:
         calls: its calls in order; a shared module has several. Inside `nn.vmap` and `nn.scan` shapes are those of one slice.
         variables: its own variables, collection -> name -> `jax.ShapeDtypeStruct`, without those of sites below it.
         lifted: the Flax transforms it stands under, from the outside in: `("scan", "remat")`.
+        original: what the network itself has there, if a rewrite stands something else in; else the same as `module`.
     """
 
     path: Path
     module: nn.Module
     calls: tuple[Call, ...]
     variables: dict[str, dict[str, Any]]
-    lifted: tuple[str, ...] = ()
+    lifted: tuple[str, ...]
+    original: nn.Module
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -220,6 +222,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.modules: dict[Path, nn.Module] = {}  # in order of first entry
+        self.originals: dict[Path, nn.Module] = {}  # without what stands in
         self.calls: dict[Path, list[Call]] = {}
         self.lifted: dict[Path, tuple[str, ...]] = {}
         self.open: dict[Path, bool] = {}  # running now -> whether its stand-in has been seen
@@ -239,7 +242,7 @@ class Recorder:
             return next_fun(*args, **kwargs)
         path = module.scope.path
         refuse_jit(module, path)
-        if method in ("setup", "<lambda>") or isinstance(module, Patched):
+        if method == "setup" or not is_method(module, method) or isinstance(module, Patched):
             return next_fun(*args, **kwargs)
         if path in self.open:
             if is_standing_in(path) and not self.open[path]:
@@ -247,7 +250,8 @@ class Recorder:
                 self.open[path] = True
                 self.stood_in.add(path)
             return next_fun(*args, **kwargs)
-        self.modules.setdefault(path, detach(module))
+        if path not in self.modules:
+            self.modules[path] = self.originals[path] = detach(module)
         calls = self.calls.setdefault(path, [])
         self.lifted[path] = _transforms(module.scope.debug_path)
         self.open[path] = False
@@ -269,7 +273,8 @@ class Recorder:
                 for collection, tree in variables.items()
             }
             own = {collection: leaves for collection, leaves in own.items() if leaves}
-            yield Site(path, module, tuple(self.calls[path]), own, self.lifted[path])
+            calls, lifted = tuple(self.calls[path]), self.lifted[path]
+            yield Site(path, module, calls, own, lifted, self.originals[path])
 
 
 def own_leaves(tree: Any, path: Path, known: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from nnopt.layers.combinators import GATES, TAPS, Gate, Identity, Tap, Then
 from nnopt.layers.conv import Conv, block_diagonal, grouped_conv_general_dilated
+from nnopt.layers.instrument import AddGate, AddTap
 from nnopt.layers.residual import (
     BottleneckOperator,
     DenseOperator,
@@ -13,6 +14,8 @@ from nnopt.layers.residual import (
 __all__ = [
     "GATES",
     "TAPS",
+    "AddGate",
+    "AddTap",
     "BottleneckOperator",
     "Conv",
     "DenseOperator",

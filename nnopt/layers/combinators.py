@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
+from nnopt.core.modules import share_scope
+
 TAPS = "taps"
 """The variable collection that `Tap` writes to."""
 
@@ -37,7 +39,7 @@ class Then(nn.Module):
 
     def setup(self) -> None:
         """Takes over the scope of `module`."""
-        nn.share_scope(self, self.module)
+        share_scope(self, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments of `module` -> result of `after`."""

@@ -53,16 +53,18 @@ class Genotype(Rewrite):
     Attributes:
         choices: as many as there are blocks; None leaves a block as it is.
         where: which modules are the blocks.
+        operators: how many operators each block has, one or two; None: as many as its choice says.
     """
 
     choices: tuple[Choice | None, ...]
     where: Selector | str = dataclasses.field(default_factory=ResidualBlocks)
+    operators: tuple[int, ...] | None = None
 
     def __call__(self, sites: Sites) -> Edits:
         """See `Rewrite`.
 
         Raises:
-            GenotypeError: there are more or fewer choices than blocks.
+            GenotypeError: there are more or fewer choices than blocks, or `operators` does not fit them.
         """
         blocks = select(sites, self.where)
         if len(blocks) != len(self.choices):
@@ -70,9 +72,14 @@ class Genotype(Rewrite):
                 f"the genotype holds {len(self.choices)} choices, but {type(sites.net).__name__} has "
                 f"{len(blocks)} residual blocks; take a genotype of this network's depth"
             )
+        operators = (None,) * len(blocks) if self.operators is None else self.operators
+        if len(operators) != len(blocks) or not set(operators) <= {None, 1, 2}:
+            raise GenotypeError(
+                f"the genotype's operators are {operators}; give one or two for each of its {len(blocks)} blocks"
+            )
         return {
-            s.path: block_for(s, sites, c)
-            for s, c in zip(blocks, self.choices, strict=True)
+            s.path: block_for(s, sites, c, n)
+            for s, c, n in zip(blocks, self.choices, operators, strict=True)
             if c is not None
         }
 
@@ -135,7 +142,7 @@ def training_flag(site: Site, sites: Sites) -> tuple[TrainingFlag, Any]:
     running = next((_running(s) for s in norms), None)
     flags: dict[int | str, bool] = {i: a for i, a in enumerate(call.args) if isinstance(a, bool)}
     flags |= {k: v for k, v in call.kwargs.items() if isinstance(v, bool)}
-    fields = configuration(site.module)
+    fields = configuration(site.original)  # what a field of the new block is read from
     if flags:
         name, value = _likeliest(flags)
         if running is None:  # no norm to tell: by its name

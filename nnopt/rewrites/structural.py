@@ -1,4 +1,4 @@
-"""Rewrites that do not know what a block is: stand a module in, change its fields, or hang something behind it."""
+"""Rewrites that do not know what a block is: stand a module in, or change its fields."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from nnopt.core.modules import configuration
 from nnopt.core.paths import path_text
 from nnopt.core.rewrite import copy_equal
 from nnopt.errors import RewriteError
-from nnopt.layers import Conv, Gate, Tap, Then
+from nnopt.layers import Conv
 from nnopt.typing import Edits, Path
 
 
@@ -52,6 +52,11 @@ class Configure(Rewrite):
         """The rule that sets these fields."""
         return cls(where, tuple(fields.items()))
 
+    @property
+    def pins(self) -> frozenset[str]:
+        """See `Rewrite`."""
+        return frozenset(name for name, _ in self.fields)
+
     def __call__(self, sites: Sites) -> Edits:
         """See `Rewrite`.
 
@@ -75,37 +80,6 @@ class Configure(Rewrite):
     ) -> Mapping[str, jax.Array]:
         """Copies arrays whose shape is unchanged."""
         return copy_equal(old, new)
-
-
-@dataclasses.dataclass(frozen=True)
-class AddTap(Rewrite):
-    """`m -> Then(m, Tap())`: what the selected sites return appears in the `taps` collection."""
-
-    keeps = Keeps.FUNCTION
-
-    where: Selector | str
-
-    def __call__(self, sites: Sites) -> Edits:
-        """See `Rewrite`."""
-        return {
-            s.path: Then(s.module, Tap(parent=None), parent=None) for s in select(sites, self.where)
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class AddGate(Rewrite):
-    """`m -> Then(m, Gate())`: what the selected sites return is multiplied by a gate, if the `gates` collection holds one."""
-
-    keeps = Keeps.FUNCTION
-
-    where: Selector | str
-
-    def __call__(self, sites: Sites) -> Edits:
-        """See `Rewrite`."""
-        return {
-            s.path: Then(s.module, Gate(parent=None), parent=None)
-            for s in select(sites, self.where)
-        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Train and evaluate any linen image classifier.
+"""Train any linen image classifier.
 
 The whole of it: 8-bit images lie on the device; each epoch draws a permutation; one jitted step
 gathers a minibatch, normalises and augments it, and updates a `TrainState`. All randomness is a
@@ -7,149 +7,27 @@ saved state ends bit for bit as one that never stopped.
 """
 
 import dataclasses
-import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.core
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 
-from nnopt.data import Augmentation, Dataset, normalize
+from nnopt.data import Augmentation, Dataset
 from nnopt.errors import DataError
+from nnopt.training.apply import ApplyEval, ApplyTrain, default_apply_eval, default_apply_train
+from nnopt.training.evaluation import Evaluator
 from nnopt.training.recipe import Recipe
-
-Variables = Mapping[str, Any]
-
-ApplyTrain = Callable[[Variables, Array, Array], tuple[Array, Variables]]
-"""`(variables, images, dropout_key) -> (logits, updated collections)`."""
-
-ApplyEval = Callable[[Variables, Array], Array]
-"""`(variables, images) -> logits`."""
+from nnopt.training.state import EpochRow, TrainResult, TrainState
+from nnopt.typing import Variables
 
 Objective = Callable[[Variables, Array, Array, Array], tuple[Array, tuple[Array, Variables]]]
 """`(variables, images, labels, dropout_key) -> (loss, (logits, updated collections))`."""
-
-
-class TrainState(flax.struct.PyTreeNode):
-    """All that changes during a run, and the key that decides the rest: a checkpoint's content.
-
-    Attributes:
-        step: `[]`, int32, minibatches done.
-        params: the network's parameters.
-        batch_stats: its normalisation statistics; `{}` for networks without.
-        constants: its other collections, which training leaves as they are.
-        opt_state: the optimiser's state.
-        key: the run's random key; it never changes.
-    """
-
-    step: Array
-    params: Any
-    batch_stats: Any
-    constants: Any
-    opt_state: Any
-    key: Array
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """The network's variables, as `net.apply` takes them."""
-        statistics = {"batch_stats": self.batch_stats} if self.batch_stats else {}
-        return {"params": self.params, **statistics, **self.constants}
-
-
-@dataclasses.dataclass(frozen=True)
-class EpochRow:
-    """What one epoch came to.
-
-    Attributes:
-        epoch: epochs done, from 1.
-        loss: mean over the epoch's minibatches, each measured before its own update.
-        train_accuracy: of the augmented training images during the epoch, 0..1.
-        test_accuracy: of the whole test split after the epoch, 0..1.
-        seconds: wall-clock time of training and evaluation, with compilation where it happened.
-    """
-
-    epoch: int
-    loss: float
-    train_accuracy: float
-    test_accuracy: float
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainResult:
-    """A trained network's variables and how they came about.
-
-    Attributes:
-        variables: what `net.apply` takes.
-        history: one row for each epoch that was run.
-        state: the last state, to save or to run on from; it shares its arrays with `variables`, so
-            that running on consumes both.
-        recipe: what was run.
-        split_note: what the test accuracy was measured on.
-    """
-
-    variables: dict[str, Any]
-    history: tuple[EpochRow, ...]
-    state: TrainState
-    recipe: Recipe
-    split_note: str
-
-    @property
-    def test_accuracy(self) -> float:
-        """The last epoch's test accuracy, 0..1."""
-        return self.history[-1].test_accuracy
-
-
-def _mode(net: Any, train: bool) -> dict[str, bool]:
-    """The keyword that sets the mode of `net`; none for a network that has no modes."""
-    parameters = inspect.signature(net.__call__).parameters
-    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if passes_on and hasattr(net, "base"):
-        return _mode(net.base, train)
-    for name, value in (
-        ("train", train),
-        ("training", train),
-        ("deterministic", not train),
-        ("use_running_average", not train),
-    ):
-        if name in parameters:
-            return {name: value}
-    return {"train": train} if passes_on else {}
-
-
-def default_apply_train(net: Any) -> ApplyTrain:
-    """How `net` is run in training mode.
-
-    The mode is passed by the keyword that the network's `__call__` has: `train`, `training`, or the
-    negated `deterministic` or `use_running_average`; `train` to one that takes any; none to one
-    that takes none. A rewritten network, which passes its arguments on, is asked by its `base`.
-    """
-    mode = _mode(net, True)
-
-    def apply_train(variables: Variables, images: Array, key: Array) -> tuple[Array, Variables]:
-        logits, updates = net.apply(
-            variables, images, **mode, rngs={"dropout": key}, mutable=["batch_stats"]
-        )
-        return logits, updates
-
-    return apply_train
-
-
-def default_apply_eval(net: Any) -> ApplyEval:
-    """How `net` is run in evaluation mode, passed as in `default_apply_train`."""
-    mode = _mode(net, False)
-
-    def apply_eval(variables: Variables, images: Array) -> Array:
-        logits: Array = net.apply(variables, images, **mode)
-        return logits
-
-    return apply_eval
 
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
@@ -167,131 +45,6 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array
     logits = logits.astype(jnp.float32)
     target = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, smoothing)).mean()
-
-
-class Evaluator:
-    """Counts right answers exactly, in minibatches of one shape.
-
-    A last partial minibatch is filled with images whose label is -1, which no answer equals. Keep
-    an evaluator to measure one network with many weights: it compiles once.
-
-    Args:
-        net: a linen network; not used if `apply_eval` is given.
-        mean: of each channel in 0..1, to normalise 8-bit images with.
-        std: of each channel in 0..1.
-        batch: images in a minibatch.
-        apply_eval: how to run the network, if not as `default_apply_eval` does.
-    """
-
-    def __init__(
-        self,
-        net: Any,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
-        *,
-        batch: int = 256,
-        apply_eval: ApplyEval | None = None,
-    ) -> None:
-        apply = apply_eval or default_apply_eval(net)
-
-        def count(variables: Variables, images: Array, labels: Array) -> Array:
-            if images.dtype == jnp.uint8:
-                if mean is None or std is None:
-                    raise DataError(
-                        "evaluate: 8-bit images need the mean and std of their data set; give both"
-                    )
-                images = normalize(images, mean, std)
-            answers = jnp.argmax(apply(variables, images), axis=-1).astype(labels.dtype)
-            return jnp.sum(answers == labels, dtype=jnp.int32)
-
-        self.batch = batch
-        self._count = jax.jit(count)
-
-    def __call__(
-        self, variables: Variables, images: np.ndarray | Array, labels: np.ndarray | Array
-    ) -> float:
-        """Measure the accuracy.
-
-        Args:
-            variables: the network's variables.
-            images: `[n, height, width, channels]`, uint8, or float32 and then already normalised.
-            labels: `[n]`, int32.
-
-        Returns:
-            The share of right answers, 0..1; exact, whatever the minibatch.
-
-        Raises:
-            DataError: no images, not as many labels as images, or 8-bit images without mean and
-                std.
-        """
-        n = len(images)
-        if n == 0 or len(labels) != n:
-            raise DataError(
-                f"evaluate: {n:,} images and {len(labels):,} labels; give as many of both, and some"
-            )
-        right = []
-        for first in range(0, n, self.batch):
-            chunk, answers = images[first : first + self.batch], labels[first : first + self.batch]
-            if missing := self.batch - len(chunk):
-                chunk = np.pad(np.asarray(chunk), ((0, missing), (0, 0), (0, 0), (0, 0)))
-                answers = np.pad(np.asarray(answers), (0, missing), constant_values=-1)
-            right.append(self._count(variables, chunk, answers))
-        return sum(int(count) for count in right) / n
-
-
-def evaluate(
-    net: Any,
-    variables: Variables,
-    images: np.ndarray | Array,
-    labels: np.ndarray | Array,
-    *,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
-    batch: int = 256,
-    apply_eval: ApplyEval | None = None,
-) -> float:
-    """Measure a network's accuracy once; keep an `Evaluator` to measure it often.
-
-    Args:
-        net: a linen network.
-        variables: its variables.
-        images: `[n, height, width, channels]`, uint8, or float32 and then already normalised.
-        labels: `[n]`, int32.
-        mean: of each channel in 0..1, needed for 8-bit images.
-        std: of each channel in 0..1, needed for 8-bit images.
-        batch: images in a minibatch.
-        apply_eval: how to run the network, if not as `default_apply_eval` does.
-
-    Returns:
-        The share of right answers, 0..1.
-
-    Raises:
-        DataError: no images, not as many labels as images, or 8-bit images without mean and std.
-    """
-    return Evaluator(net, mean, std, batch=batch, apply_eval=apply_eval)(variables, images, labels)
-
-
-def evaluate_test(net: Any, variables: Variables, dataset: Dataset, *, batch: int = 256) -> float:
-    """Measure a network's accuracy on the test split: see `dataset.split_note` for what that is.
-
-    Args:
-        net: a linen network.
-        variables: its variables.
-        dataset: whose test images, mean and std are used.
-        batch: images in a minibatch.
-
-    Returns:
-        The share of right answers, 0..1.
-    """
-    return evaluate(
-        net,
-        variables,
-        dataset.test_images,
-        dataset.test_labels,
-        mean=dataset.mean,
-        std=dataset.std,
-        batch=batch,
-    )
 
 
 class Trainer:
@@ -314,13 +67,13 @@ class Trainer:
         DataError: the training set holds not one whole minibatch, or the recipe does not fit it.
 
     Example:
-        Checkpoint after every epoch, with a `save` of your own::
+        Checkpoint after every epoch::
 
             trainer = Trainer(net, dataset, recipe)
             state = trainer.start(variables, jax.random.key(0))
             while trainer.epoch(state) < recipe.epochs:
                 state, row = trainer.run_epoch(state)
-                save(state)
+                save_checkpoint(folder, net, state)
     """
 
     def __init__(

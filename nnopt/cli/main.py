@@ -1,0 +1,51 @@
+"""The `nnopt` command."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from nnopt.cli.rewrite import RewriteCommand
+from nnopt.cli.search import SearchCommand
+from nnopt.cli.show import ShowCommand
+from nnopt.errors import NnoptError
+
+Command = (
+    Annotated[SearchCommand, tyro.conf.subcommand("search")]
+    | Annotated[RewriteCommand, tyro.conf.subcommand("rewrite")]
+    | Annotated[ShowCommand, tyro.conf.subcommand("show")]
+)
+
+_DESCRIPTION = """Make neural networks efficient: rewrite Flax networks, score the results without training, measure them.
+
+Start with `nnopt search --help`. Bad input is answered with one line and exit code 2."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: arguments; those of the process by default.
+    """
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="nnopt",
+        description=_DESCRIPTION,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    try:
+        command.run()
+    except NnoptError as error:
+        print(f"nnopt: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(
+            "nnopt: interrupted; the same command takes up where this one stopped", file=sys.stderr
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

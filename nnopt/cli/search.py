@@ -1,0 +1,114 @@
+"""`nnopt search`: a BlockSwap search from network to report."""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from nnopt.search.budget import parse_budget
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchCommand:
+    """Find the best network within a parameter budget by replacing its blocks, guided by Fisher potential.
+
+    Draws candidates inside the budget, scores them all on one minibatch without training, trains the best one, times it against the
+    base network, and writes a report. A killed search resumes with the same command.
+
+    Example: nnopt search --network wrn-16-2 --data digits --budget 200K --samples 50
+    """
+
+    budget: str
+    """Parameters of the whole network: 250000, 400K or 1.6M."""
+    network: str = "wrn-40-2"
+    """Base network, such as wrn-40-2, wrn-16-1, resnet-18; an unknown name lists them all."""
+    data: str = "digits"
+    """Data set: digits (embedded), cifar10 or cifar100."""
+    data_dir: str | None = None
+    """Folder of the data set's files; NNOPT_DATA by default."""
+    samples: int = 1000
+    """Candidates to score."""
+    seed: int = 0
+    """Seed of everything random; a search is determined by its options and this."""
+    tolerance: float = 0.025
+    """How far a candidate may be from the budget, as a fraction of it."""
+    choices: Literal["code", "paper"] = "code"
+    """Block choices: the 23 of the released BlockSwap code, or the 21 of the paper."""
+    score_batch: int = 32
+    """Images in the minibatch that scores. Scores compare only at equal batch."""
+    epochs: int | None = None
+    """Epochs to train the winner for; a short training by default."""
+    out: Annotated[pathlib.Path, tyro.conf.arg(metavar="FOLDER")] = pathlib.Path("results/search")
+    """Result folder. One search lives in one folder."""
+
+    def run(self) -> None:
+        """Runs the search and prints where the report is, and the table."""
+        # Imported here so that --help and bad flags answer at once.
+        from nnopt.reports.blockswap import block_table, summary_table, write_report
+        from nnopt.search.blockswap import BlockSwap
+        from nnopt.search.run import run
+        from nnopt.training import QUICK
+
+        recipe = QUICK if self.epochs is None else dataclasses.replace(QUICK, epochs=self.epochs)
+        spec = BlockSwap(
+            network=self.network,
+            data=self.data,
+            budget=parse_budget(self.budget),
+            tolerance=self.tolerance,
+            samples=self.samples,
+            seed=self.seed,
+            choices=self.choices,
+            score_batch=self.score_batch,
+            recipe=recipe,
+        )
+        console = Console()
+        with _Bars(console) as bars:
+            result = run(spec, self.out, data_dir=self.data_dir, watcher=bars)
+        page = write_report(result)
+        console.print(summary_table(result))
+        console.print(block_table(result))
+        console.print(f"Report: {page}", soft_wrap=True)
+
+
+class _Bars:
+    """Progress bars with counts and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "_Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        """See `nnopt.search.run.Watcher`."""
+        self._task = self._progress.add_task(name, total=total, completed=done, note="")
+
+    def advance(self, note: str = "") -> None:
+        """See `nnopt.search.run.Watcher`."""
+        assert self._task is not None
+        self._progress.update(self._task, advance=1, note=note)

@@ -1,0 +1,239 @@
+"""The report of a BlockSwap search: tables for the terminal, pictures, and one self-contained HTML page."""
+
+import base64
+import html
+import io
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nnopt.core.record import write_text
+from nnopt.rewrites import choice
+from nnopt.search.blockswap import best
+from nnopt.search.run import SearchResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BLUE, _RED, _GREY = "#3b6ea5", "#c8442b", "#8a8f98"
+
+
+def write_report(result: SearchResult) -> pathlib.Path:
+    """Writes `table.txt`, `score.png`, `winner.png` and `report.html` into the result folder.
+
+    Returns:
+        The path of the HTML page.
+    """
+    folder = result.folder
+    text = render(summary_table(result), width=78) + "\n" + render(block_table(result), width=78)
+    write_text(folder / "table.txt", text)
+    pictures = {"score.png": score_picture(result), "winner.png": winner_picture(result)}
+    encoded = {}
+    for name, figure in pictures.items():
+        data = _png(figure)
+        _write_bytes(folder / name, data)
+        encoded[name] = base64.b64encode(data).decode()
+    page = folder / "report.html"
+    write_text(page, _page(result, encoded))
+    return page
+
+
+def summary_table(result: SearchResult) -> Table:
+    """Base network and winner side by side: parameters, multiply-accumulates, latency, accuracy, score."""
+    s = result.summary
+    base, winner = s["base"], s["winner"]
+    table = Table(title=_title(s), title_justify="left")
+    for name, justify in (("", "left"), ("base", "right"), ("winner", "right"), ("ratio", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for label, key in (("parameters", "parameters"), ("multiply-accumulates", "macs")):
+        table.add_row(
+            label, f"{base[key]:,}", f"{winner[key]:,}", f"{base[key] / winner[key]:.2f}x fewer"
+        )
+    for batch, row in s["latency"].items():
+        cells = [_milliseconds(row[name]) for name in ("base", "winner")]
+        ratio = row["speedup"]
+        table.add_row(
+            f"latency, batch {batch}",
+            *cells,
+            f"{ratio['median']:.2f}x faster"
+            if ratio["median"] >= 1
+            else f"{1 / ratio['median']:.2f}x slower",
+        )
+    table.add_row("Fisher potential", "", f"{winner['score']:.4g}", "")
+    table.add_row("test accuracy", "", f"{s['training']['test_accuracy']:.2%}", "")
+    table.caption = (
+        f"Latency: median on XLA, {s['environment']['device']}, weights constant, interleaved. "
+        f"Accuracy: {s['training']['measured_on']}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def block_table(result: SearchResult) -> Table:
+    """The winner's block at each position, with parameters and share of the score."""
+    winner = result.summary["winner"]
+    table = Table(title="The winner, block by block", title_justify="left")
+    table.add_column("position")
+    table.add_column("block")
+    table.add_column("parameters", justify="right")
+    table.add_column("share of score", justify="right")
+    total = sum(winner["block_scores"]) or 1.0
+    for position, name, cost, score in zip(
+        result.summary["space"]["positions"],
+        winner["blocks"],
+        winner["block_parameters"],
+        winner["block_scores"],
+        strict=True,
+    ):
+        table.add_row(position, name, f"{cost:,}", f"{score / total:.1%}")
+    return table
+
+
+def score_picture(result: SearchResult) -> "Figure":
+    """Fisher potential against parameters, one dot for each candidate, the winner marked."""
+    from matplotlib.figure import Figure
+
+    spec = result.summary["search"]
+    top = best(result.rows)
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    budget, tolerance = spec["budget"], spec["tolerance"]
+    axes.axvspan(
+        budget * (1 - tolerance) / 1e3, budget * (1 + tolerance) / 1e3, color=_GREY, alpha=0.12, lw=0,
+        label=f"budget ± {tolerance:.1%}",
+    )  # fmt: skip
+    axes.scatter(
+        [r.parameters / 1e3 for r in result.rows],
+        [r.score for r in result.rows],
+        s=22, color=_BLUE, alpha=0.7, linewidths=0, label=f"{len(result.rows):,} candidates",
+    )  # fmt: skip
+    axes.scatter(
+        [top.parameters / 1e3], [top.score], s=170, marker="*", color=_RED, zorder=3,
+        label=f"winner: {top.score:.3g} at {top.parameters:,} parameters",
+    )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("parameters (thousands)")
+    axes.set_ylabel("Fisher potential (higher is better)")
+    axes.set_title(f"BlockSwap on {spec['network']}, {spec['data']}", loc="left")
+    axes.grid(True, which="major", alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+    return figure
+
+
+def winner_picture(result: SearchResult) -> "Figure":
+    """Parameters of the winner's block at each position, beside those of the base network's."""
+    from matplotlib.figure import Figure
+
+    winner, positions = result.summary["winner"], result.summary["space"]["positions"]
+    figure = Figure(figsize=(7.2, max(2.4, 0.9 + 0.3 * len(positions))), layout="constrained")
+    shares, sizes = figure.subplots(1, 2, sharey=True)
+    rows = range(len(positions))
+    total = sum(winner["block_scores"]) or 1.0
+    labels = [f"{p}  {choice(n).name}" for p, n in zip(positions, winner["blocks"], strict=True)]
+    shares.barh(rows, [100 * s / total for s in winner["block_scores"]], color=_RED, height=0.65)
+    shares.set_xlabel("share of Fisher potential (%)")
+    sizes.barh(rows, [p / 1e3 for p in winner["block_parameters"]], color=_BLUE, height=0.65)
+    sizes.set_xlabel("parameters (thousands)")
+    shares.set_yticks(list(rows), labels, fontsize=9)
+    shares.invert_yaxis()
+    for axes in (shares, sizes):
+        axes.grid(True, axis="x", alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure
+
+
+def render(table: Table, width: int) -> str:
+    """A table as plain text of at most `width` columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def _title(summary: dict[str, Any]) -> str:
+    spec = summary["search"]
+    return (
+        f"BlockSwap on {spec['network']}, {spec['data']}: best of {summary['scoring']['candidates']:,} candidates "
+        f"at {spec['budget']:,} parameters"
+    )
+
+
+def _milliseconds(latency: dict[str, Any]) -> str:
+    flag = "*" if latency["below_overhead"] else ""
+    return f"{latency['median_ms']:.3g} ms{flag}"
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _write_bytes(path: pathlib.Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _html_table(table: Table) -> str:
+    """A rich table as an HTML table."""
+    columns = [list(column.cells) for column in table.columns]
+    head = "".join(f"<th>{html.escape(str(c.header))}</th>" for c in table.columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in zip(*columns, strict=True)
+    )
+    caption = f"<p class=note>{html.escape(str(table.caption))}</p>" if table.caption else ""
+    return f"<table><tr>{head}</tr>{body}</table>{caption}"
+
+
+def _page(result: SearchResult, pictures: dict[str, str]) -> str:
+    s = result.summary
+    spec, space = s["search"], s["space"]
+    history = "".join(
+        f"<tr><td>{r['epoch']}</td><td>{r['loss']:.4f}</td><td>{r['train_accuracy']:.2%}</td>"
+        f"<td>{r['test_accuracy']:.2%}</td><td>{r['seconds']:.1f}</td></tr>"
+        for r in s["training"]["history"]
+    )
+    environment = ", ".join(f"{k} {v}" for k, v in s["environment"]["packages"].items())
+    data_note = html.escape(s["training"]["measured_on"])
+    settings = html.escape(", ".join(f"{k} = {v}" for k, v in spec.items() if k != "recipe"))
+    recipe = html.escape(", ".join(f"{k} = {v}" for k, v in spec["recipe"].items()))
+    image = '<img alt="{}" src="data:image/png;base64,{}">'
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{html.escape(_title(s))}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+ body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 780px; margin: 2rem auto; padding: 0 1rem; }}
+ h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
+ table {{ border-collapse: collapse; }} th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }}
+ th:first-child, td:first-child {{ text-align: left; }} img {{ max-width: 100%; }} .note {{ color: #666; font-size: .9rem; }}
+</style>
+<h1>{html.escape(_title(s))}</h1>
+{_html_table(summary_table(result))}
+<h2>Score against parameters</h2>
+{image.format("Fisher potential of all candidates against their parameters", pictures["score.png"])}
+<p class=note>{s["scoring"]["candidates"]:,} candidates, drawn uniformly from the {space["within_budget"]:.3g} of
+{space["candidates"]:.3g} that lie within the budget ({space["fraction_within_budget"]:.2%}); all scored on one minibatch of
+{spec["score_batch"]} images in {s["scoring"]["seconds"]:.0f} s.</p>
+<h2>The winner</h2>
+{image.format("Share of score and parameters of the winner, block by block", pictures["winner.png"])}
+{_html_table(block_table(result))}
+<h2>Training the winner</h2>
+<table><tr><th>epoch</th><th>loss</th><th>train accuracy</th><th>test accuracy</th><th>seconds</th></tr>{history}</table>
+<p class=note>{data_note}</p>
+<h2>How to repeat it</h2>
+<p class=note>{settings}. Recipe: {recipe}.</p>
+<p class=note>Python {s["environment"]["python"]}, {html.escape(environment)}; {html.escape(s["environment"]["device"])},
+{s["environment"]["cores"]} cores; finished {s["environment"]["finished"]}.</p>
+</html>
+"""

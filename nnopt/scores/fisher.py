@@ -1,0 +1,243 @@
+"""Fisher potential: how much a network could learn, judged at initialisation on one minibatch.
+
+Turner, Crowley, O'Boyle, Storkey, Gray: "BlockSwap: Fisher-guided Block Substitution for Network Compression on a Budget"
+(https://arxiv.org/abs/1906.04113), equations 2 to 4.
+
+Definition. Let `a [N, H, W, C]` be the probe of a block: the output of its last convolution, before the residual addition. Let
+`g = dL/da`, where the loss `L` is the *mean* over the minibatch, in train mode (batch statistics), at random initialisation. Then
+
+    channel c:  Delta_c = 1/(2N) sum_n ( sum_ij a_nijc g_nijc )^2
+    block b:    Delta_b = sum_c Delta_c
+    network:    sum_b Delta_b                       higher is better
+
+The mean in `L` puts a hidden `1/N^2` into every `Delta`: compare scores only at equal batch size. The score called Fisher in the
+zero-cost proxy literature probes every layer and weights channels by their kernels; it is another score.
+
+Computed with gates: multiply the probe by a gate `m [N, C]` of ones. Then `dL/dm_nc = sum_ij a_nijc g_nijc`, so
+`Delta_c = 1/2 mean_n (dL/dm_nc)^2`, and no gradient of a weight, nor of the input, is ever needed.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnopt.core import At, Dataflow, Example, ResidualBlocks, Selector, rewrite, select, sites
+from nnopt.core.paths import path_text
+from nnopt.core.sites import Sites
+from nnopt.errors import SelectionError
+from nnopt.layers import GATES, AddGate
+from nnopt.typing import Path, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class FisherScore:
+    """Fisher potential of a network.
+
+    Attributes:
+        total: sum over blocks; higher is better.
+        blocks: path text of each block -> its potential, in the order of the network.
+        channels: path text of each block -> potential of each channel of its probe, float64 `[channels]`.
+    """
+
+    total: float
+    blocks: dict[str, float]
+    channels: dict[str, np.ndarray] = dataclasses.field(repr=False)
+
+
+def mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """`-mean_n log softmax(logits_n)[labels_n]`.
+
+    Args:
+        logits: `[batch, classes]`.
+        labels: integer classes `[batch]`.
+
+    Returns:
+        A scalar.
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1))
+
+
+def block_probes(found: Sites, where: Selector | str | None = None) -> dict[Path, Path]:
+    """The probe of each block: the last convolution on its longer way to the residual addition.
+
+    Args:
+        found: all sites of the network.
+        where: which modules are the blocks; by default every residual block.
+
+    Returns:
+        Path of each block -> path of its probe.
+
+    Raises:
+        SelectionError: a selected module adds nothing to a shortcut, or its probe lies inside `nn.scan` or `nn.vmap`, where one
+            site stands for many layers.
+    """
+    branches = {add.path: add.branch for add in Dataflow(found.net, found.example).residual_adds}
+    blocks = found.where(lambda s: bool(s.path) and s.path in branches)
+    if where is not None or not len(blocks):  # the selector knows how to say that there are none
+        blocks = select(found, where if where is not None else ResidualBlocks())
+    probes = {}
+    for block in blocks:
+        probe = branches.get(block.path)
+        if probe is None:
+            raise SelectionError(
+                f"{path_text(block.path)!r} adds no branch of convolutions to a shortcut, so Fisher potential has no probe there; "
+                "select residual blocks"
+            )
+        stacked = {"scan", "vmap"} & set(found[probe].lifted)
+        if stacked:
+            raise SelectionError(
+                f"{path_text(probe)!r} stands for several layers stacked by nn.{stacked.pop()}, which Fisher potential cannot "
+                "tell apart; write the layers out"
+            )
+        probes[block.path] = probe
+    return probes
+
+
+class FisherPotential:
+    """Fisher potential of one network, compiled once for one batch shape.
+
+    Attributes:
+        probes: path of each block -> path of its probe.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        example: Any,
+        *,
+        where: Selector | str | None = None,
+        loss: Callable[[jax.Array, jax.Array], jax.Array] = mean_cross_entropy,
+        compiler_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Finds the probes and gates them.
+
+        Args:
+            net: any linen network with residual blocks.
+            example: an `Example` of the scored batch as the network takes it in training, `Example(images, train=True)`.
+            where: which modules are the blocks; by default every residual block.
+            loss: `(outputs, labels) -> scalar`, a mean over the batch.
+            compiler_options: passed to `jax.jit`.
+
+        Raises:
+            SelectionError: see `block_probes`.
+        """
+        self.example = Example.of(example)
+        found = sites(net, self.example)
+        self.probes = block_probes(found, where)
+        at = At(tuple(path_text(p) for p in self.probes.values()))
+        self._net = rewrite(net, AddGate(at), example=self.example)
+        self._gates = {
+            probe: (found[probe].outputs.shape[0], found[probe].outputs.shape[-1])
+            for probe in self.probes.values()
+        }
+        self._loss = loss
+        self._energies = jax.jit(self._energy_of_gates, compiler_options=compiler_options)
+
+    def _energy_of_gates(
+        self, variables: Variables, inputs: Any, labels: jax.Array, key: jax.Array
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """For each probe `(s, e)` with `mean_n (d sum_n L_n / d m_nc)^2 = s^2 e_c`, `e` of order one."""
+        batch = labels.shape[0]
+
+        def summed_loss(gates: list[jax.Array]) -> jax.Array:
+            args, kwargs = inputs
+            collection = _nested(dict(zip(self._gates, gates, strict=True)))
+            outputs, _ = self._net.apply(
+                {**variables, GATES: collection},
+                *args,
+                **kwargs,
+                **self._static_kwargs(),
+                mutable=["batch_stats"],
+                rngs={"dropout": key},
+            )
+            # The sum instead of the mean keeps gradients of order one; squares of 1e-20 would vanish in float32.
+            return self._loss(outputs, labels) * batch
+
+        gradients = jax.grad(summed_loss)([jnp.ones(shape) for shape in self._gates.values()])
+        return [_scaled_mean_square(g) for g in gradients]
+
+    def _static_kwargs(self) -> dict[str, Any]:
+        return {k: v for k, v in self.example.kwargs.items() if not hasattr(v, "dtype")}
+
+    def __call__(
+        self,
+        variables: Variables,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array | None = None,
+    ) -> FisherScore:
+        """Scores one minibatch.
+
+        Args:
+            variables: freshly initialised variables of the network.
+            images: `[batch, height, width, channels]`, of the example's shape.
+            labels: integer classes `[batch]`.
+            key: PRNG key for dropout; a fixed one by default.
+
+        Returns:
+            The score, summed in float64.
+        """
+        key = jax.random.key(0) if key is None else key
+        energies = self._energies(variables, ((images,), {}), labels, key)
+        batch = labels.shape[0]
+        channels = {}
+        for block, (scale, energy) in zip(self.probes, jax.device_get(energies), strict=True):
+            mean_square = np.asarray(energy, np.float64) * float(scale) ** 2
+            channels[path_text(block)] = 0.5 * mean_square / batch**2
+        blocks = {block: float(values.sum()) for block, values in channels.items()}
+        return FisherScore(sum(blocks.values()), blocks, channels)
+
+
+def fisher_potential(
+    net: nn.Module,
+    variables: Variables,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    train: Mapping[str, Any] | None = None,
+    where: Selector | str | None = None,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = mean_cross_entropy,
+) -> FisherScore:
+    """Fisher potential of a network on one minibatch; see the module's docstring for the definition.
+
+    Args:
+        net: any linen network with residual blocks.
+        variables: its freshly initialised variables.
+        images: `[batch, height, width, channels]`.
+        labels: integer classes `[batch]`.
+        train: keyword arguments that put the network into train mode, `{"train": True}` by default.
+        where: which modules are the blocks; by default every residual block.
+        loss: `(outputs, labels) -> scalar`, a mean over the batch.
+
+    Returns:
+        The score; higher is better.
+
+    Raises:
+        SelectionError: see `block_probes`.
+    """
+    example = Example(images, **({"train": True} if train is None else train))
+    return FisherPotential(net, example, where=where, loss=loss)(variables, images, labels)
+
+
+def _scaled_mean_square(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[batch, channels]` -> its largest magnitude, and the mean over the batch of squares in units of it, `[channels]`."""
+    scale = jnp.max(jnp.abs(gradient))
+    safe = jnp.where(scale > 0, scale, 1.0)
+    return scale, jnp.mean((gradient / safe) ** 2, axis=0)
+
+
+def _nested(gates: Mapping[Path, jax.Array]) -> dict[str, Any]:
+    """The `gates` collection: each gate lies in the `Gate` that stands behind its probe."""
+    tree: dict[str, Any] = {}
+    for path, gate in gates.items():
+        node = tree
+        for name in (*path, "after"):
+            node = node.setdefault(name, {})
+        node["gate"] = gate
+    return tree

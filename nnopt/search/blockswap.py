@@ -1,0 +1,201 @@
+"""BlockSwap: draw candidates inside a parameter budget, score each by Fisher potential, keep the best.
+
+Turner, Crowley, O'Boyle, Storkey, Gray (https://arxiv.org/abs/1906.04113), algorithm 1. What is decided here and was left open or
+done otherwise in the released code: all candidates are scored on the *same* augmented minibatch, with the same weights for the same
+unit at the same position, and drawn uniformly from the candidates inside the budget, without rejection.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nnopt.core import Example, rewrite
+from nnopt.core.example import rngs
+from nnopt.data import Dataset, load, minibatch
+from nnopt.errors import BudgetError, UnknownNetworkError
+from nnopt.networks import named
+from nnopt.rewrites import CODE_CHOICES, PAPER_CHOICES, Genotype
+from nnopt.scores.fisher import FisherPotential
+from nnopt.search.sampler import BudgetSampler
+from nnopt.search.space import BlockSpace, block_space
+from nnopt.search.store import ScoredCandidate
+from nnopt.training import QUICK, Recipe
+
+_STREAMS = ("weights", "minibatch", "augmentation", "training", "shuffling")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSwap:
+    """All that determines a BlockSwap search.
+
+    Attributes:
+        network: name of the base network, see `nnopt.networks.named`.
+        data: name of the data set, see `nnopt.data.load`.
+        budget: parameters of the whole network.
+        tolerance: how far a candidate may be from the budget, as a fraction of it.
+        samples: candidates to score.
+        seed: of everything random.
+        choices: `code`, the 23 block choices of the released code, or `paper`, the 21 of the paper.
+        score_batch: images in the minibatch that scores.
+        recipe: how the winner is trained.
+    """
+
+    network: str
+    data: str
+    budget: int
+    tolerance: float = 0.025
+    samples: int = 1000
+    seed: int = 0
+    choices: Literal["code", "paper"] = "code"
+    score_batch: int = 32
+    recipe: Recipe = QUICK
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without data."""
+        if self.samples < 1 or self.score_batch < 2:
+            raise BudgetError(
+                f"a search needs at least 1 sample and a scoring batch of 2, got {self.samples} and {self.score_batch}"
+            )
+        if not 0 < self.tolerance < 1:
+            raise BudgetError(
+                f"the tolerance is a fraction of the budget between 0 and 1, got {self.tolerance}; the paper takes 0.025"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**fields, "recipe": self.recipe.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "BlockSwap":
+        """The search that `to_json` described."""
+        return cls(**{**values, "recipe": Recipe.from_json(values["recipe"])})
+
+
+class Problem:
+    """A search made ready: data loaded, space counted, sampler built.
+
+    Attributes:
+        spec: what it was made from.
+        dataset: images and labels.
+        base: the network whose blocks are replaced.
+        example: one image, as the network takes it.
+        space: which choices may stand where, and what each costs.
+        sampler: draws candidates inside the budget.
+        images: the scoring minibatch, `[score_batch, height, width, channels]`.
+        labels: its classes, `[score_batch]`.
+    """
+
+    def __init__(self, spec: BlockSwap, data_dir: str | None = None) -> None:
+        """Loads and counts.
+
+        Raises:
+            UnknownNetworkError: no network has this name.
+            DataError: the data set is not there or broken.
+            SelectionError: the network has no residual blocks.
+            BudgetError: no candidate lies within the budget.
+        """
+        self.spec = spec
+        self.dataset: Dataset = load(spec.data, data_dir)
+        self.base = network_named(spec.network, len(self.dataset.classes))
+        self.example = Example(jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32))
+        choices = CODE_CHOICES if spec.choices == "code" else PAPER_CHOICES
+        self.space: BlockSpace = block_space(self.base, self.example, choices)
+        self.sampler = BudgetSampler(self.space, spec.budget, spec.tolerance)
+        images, self.labels = minibatch(self.dataset, spec.score_batch, self.key("minibatch"))
+        augmentation = spec.recipe.augmentation
+        if not self.dataset.flip_ok:
+            augmentation = dataclasses.replace(augmentation, flip=False)
+        self.images = augmentation(self.key("augmentation"), images)
+
+    def key(self, stream: str) -> jax.Array:
+        """The PRNG key of one of the streams `weights`, `minibatch`, `augmentation`, `training`, `shuffling`."""
+        return jax.random.fold_in(jax.random.key(self.spec.seed), _STREAMS.index(stream))
+
+    def draw(self, index: int) -> tuple[int, ...]:
+        """Candidate number `index`: for each position, which of its choices. A pure function of seed and index."""
+        return self.sampler.draw(self.spec.seed, index)
+
+    def genotype(self, index: int) -> Genotype:
+        """The rule that makes candidate number `index` from the base network."""
+        return self.space.genotype(self.draw(index))
+
+    def build(self, index: int) -> nn.Module:
+        """Candidate number `index` as a network."""
+        return rewrite(self.base, self.genotype(index), example=self.example)
+
+    def init(self, net: nn.Module) -> Any:
+        """Fresh variables; the same unit at the same position has the same weights in every candidate."""
+        return net.lazy_init(rngs(self.key("weights")), *self.example.args)
+
+    def score(self, index: int) -> ScoredCandidate:
+        """Scores candidate number `index`."""
+        start = time.perf_counter()
+        drawn = self.draw(index)
+        net = self.build(index)
+        fisher = FisherPotential(net, Example(self.images, train=True))
+        result = fisher(self.init(net), self.images, self.labels)
+        return ScoredCandidate(
+            index,
+            self.space.names(drawn),
+            self.space.total(drawn),
+            result.total,
+            tuple(result.blocks.values()),
+            time.perf_counter() - start,
+        )
+
+
+def score_all(
+    problem: Problem,
+    known: Iterable[ScoredCandidate],
+    on_scored: Callable[[ScoredCandidate], None],
+    score: Callable[[int], ScoredCandidate] | None = None,
+) -> list[ScoredCandidate]:
+    """Scores every candidate of a search that is not known yet.
+
+    A candidate that was drawn before is not scored again: its row repeats the score of the first.
+
+    Args:
+        problem: the search.
+        known: rows of an earlier, interrupted run.
+        on_scored: called with each new row.
+        score: how a candidate is scored; by Fisher potential by default.
+
+    Returns:
+        All rows, by candidate number.
+    """
+    score = problem.score if score is None else score
+    rows = {row.index: row for row in known}
+    by_names = {row.names: row for row in rows.values()}
+    for index in range(problem.spec.samples):
+        if index in rows:
+            continue
+        twin = by_names.get(problem.space.names(problem.draw(index)))
+        row = dataclasses.replace(twin, index=index, seconds=0.0) if twin else score(index)
+        rows[index] = row
+        by_names.setdefault(row.names, row)
+        on_scored(row)
+    return [rows[i] for i in range(problem.spec.samples)]
+
+
+def best(rows: Iterable[ScoredCandidate]) -> ScoredCandidate:
+    """The row of highest score; of equal ones the first. Scores that are not finite lose."""
+    return max(rows, key=lambda r: (r.score if math.isfinite(r.score) else -math.inf, -r.index))
+
+
+def network_named(name: str, num_classes: int) -> nn.Module:
+    """A reference network by name.
+
+    Raises:
+        UnknownNetworkError: there is none; the message lists the names.
+    """
+    try:
+        return named(name, num_classes)
+    except ValueError as e:
+        raise UnknownNetworkError(str(e)) from e

@@ -1,0 +1,291 @@
+"""A BlockSwap search from start to result folder, resumable at every moment.
+
+folder/
+  search.json       what determines the search; a folder belongs to one search
+  scores.sqlite     one row for each scored candidate
+  training/         checkpoint of the winner's training, renewed after each epoch
+  winner/           network.json (record), genotype.csv, checkpoint/ (trained weights)
+  result.json       everything found, and everything needed to find it again; written last
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nnopt.backends import compile_network, measure, speedup
+from nnopt.core import Example, fingerprint, save_record
+from nnopt.core.example import rngs
+from nnopt.core.paths import path_text
+from nnopt.core.record import write_text
+from nnopt.costs import macs, parameters
+from nnopt.errors import CheckpointError, ResultFolderError
+from nnopt.rewrites import save_genotype
+from nnopt.search.blockswap import BlockSwap, Problem, best, score_all
+from nnopt.search.store import ScoredCandidate, ScoreStore
+from nnopt.training import EpochRow, Trainer, checkpoint_info, load_checkpoint, save_checkpoint
+
+FORMAT = "nnopt blockswap result"
+LATENCY_BATCHES = (1, 32)
+
+
+class Watcher:
+    """Is told how a search gets on; this one does not care."""
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        """A phase of `total` units begins, `done` of them finished earlier."""
+
+    def advance(self, note: str = "") -> None:
+        """One unit is done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """A finished search.
+
+    Attributes:
+        folder: where everything is.
+        summary: the content of `result.json`.
+        rows: all scored candidates.
+    """
+
+    folder: pathlib.Path
+    summary: dict[str, Any]
+    rows: list[ScoredCandidate]
+
+
+def run(
+    spec: BlockSwap,
+    folder: str | os.PathLike[str],
+    *,
+    data_dir: str | None = None,
+    watcher: Watcher | None = None,
+) -> SearchResult:
+    """Runs a search, or what is left of it.
+
+    Args:
+        spec: all that determines it.
+        folder: of the result; made if missing. One that holds a killed run of the same search is taken up where it stopped, and one
+            that holds a finished run is only read.
+        data_dir: where data sets lie that are not embedded.
+        watcher: is told of progress.
+
+    Raises:
+        ResultFolderError: the folder cannot be written, or belongs to another search.
+        NnoptError: see `Problem`.
+    """
+    watcher = watcher or Watcher()
+    problem = Problem(
+        spec, data_dir
+    )  # before the folder: a search that cannot start leaves nothing behind
+    place = _open_folder(pathlib.Path(folder), spec)
+    store = ScoreStore(place / "scores.sqlite")
+    try:
+        known = list(store)
+        watcher.phase("scoring candidates", spec.samples, len(known))
+
+        def on_scored(row: ScoredCandidate) -> None:
+            store.add(row)
+            watcher.advance(f"best {best([*known, row]).score:.3g}")
+            known.append(row)
+
+        rows = score_all(problem, known, on_scored)
+    finally:
+        store.close()
+    finished = _read_json(place / "result.json")
+    if finished is not None:
+        return SearchResult(place, finished, rows)
+
+    winner = best(rows)
+    net = problem.build(winner.index)
+    save = place / "winner"
+    save.mkdir(exist_ok=True)
+    save_record(net, save / "network.json")
+    save_genotype(problem.genotype(winner.index).choices, save / "genotype.csv", winner.score)
+    variables, history = _train(problem, net, place / "training", watcher)
+    save_checkpoint(save / "checkpoint", net, variables)
+    latency = _latency(problem, net, variables, watcher)
+    summary = _summary(problem, net, winner, rows, history, latency)
+    write_text(place / "result.json", json.dumps(summary, indent=1) + "\n")
+    return SearchResult(place, summary, rows)
+
+
+def load_result(folder: str | os.PathLike[str]) -> SearchResult:
+    """Reads a finished search.
+
+    Raises:
+        ResultFolderError: the folder holds none.
+    """
+    place = pathlib.Path(folder)
+    summary = _read_json(place / "result.json")
+    if summary is None or summary.get("format") != FORMAT:
+        raise ResultFolderError(
+            f"{place} holds no finished search (no result.json of nnopt); run `nnopt search --out {place}`"
+        )
+    store = ScoreStore(place / "scores.sqlite")
+    try:
+        return SearchResult(place, summary, list(store))
+    finally:
+        store.close()
+
+
+def _open_folder(folder: pathlib.Path, spec: BlockSwap) -> pathlib.Path:
+    marker = folder / "search.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = _read_json(marker)
+        if found is None:
+            if any(folder.iterdir()):
+                raise ResultFolderError(
+                    f"{folder} is not empty and holds no search; give a new folder with --out"
+                )
+            write_text(marker, json.dumps(spec.to_json(), indent=1) + "\n")
+            found = spec.to_json()
+    except OSError as e:
+        raise ResultFolderError(
+            f"cannot write to the result folder {folder}: {e.strerror or e}; give another with --out"
+        ) from e
+    wanted = json.loads(json.dumps(spec.to_json()))
+    found = json.loads(json.dumps(found))
+    if found != wanted:
+        keys = {*found, *wanted} if isinstance(found, dict) else set(wanted)
+        differing = sorted(
+            k for k in keys if not isinstance(found, dict) or found.get(k) != wanted.get(k)
+        )
+        raise ResultFolderError(
+            f"{folder} belongs to another search (it differs in {', '.join(differing)}); give another folder with --out"
+        )
+    return folder
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file, or None where there is no file.
+
+    Raises:
+        ResultFolderError: it is not JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ResultFolderError(
+            f"cannot read {path}: {e}; remove the folder or give another with --out"
+        ) from e
+
+
+def _train(
+    problem: Problem, net: nn.Module, folder: pathlib.Path, watcher: Watcher
+) -> tuple[Any, list[EpochRow]]:
+    """Trains the winner from scratch, from its last checkpoint if there is one."""
+    trainer = Trainer(net, problem.dataset, problem.spec.recipe)
+    variables = net.lazy_init(rngs(problem.key("training")), *problem.example.args)
+    state = trainer.start(variables, problem.key("shuffling"))
+    history: list[EpochRow] = []
+    epochs = problem.spec.recipe.epochs
+    # No checkpoint before the first epoch is over: then training starts, and starts again, from the beginning.
+    with contextlib.suppress(CheckpointError):
+        state = load_checkpoint(folder, net, state)
+        history = [EpochRow(**row) for row in checkpoint_info(folder).extra["history"]]
+    watcher.phase("training the winner", epochs, len(history))
+    while trainer.epoch(state) < epochs:
+        state, row = trainer.run_epoch(state)
+        history.append(row)
+        kept = {"history": [dataclasses.asdict(r) for r in history]}
+        save_checkpoint(folder, net, state, extra=kept)
+        watcher.advance(f"test accuracy {row.test_accuracy:.1%}")
+    return state.variables, history
+
+
+def _latency(problem: Problem, net: nn.Module, variables: Any, watcher: Watcher) -> dict[str, Any]:
+    """Inference latency of base and winner, side by side, for each of `LATENCY_BATCHES`."""
+    watcher.phase("measuring latency", len(LATENCY_BATCHES))
+    base_variables = problem.init(problem.base)
+    table: dict[str, Any] = {}
+    for batch in LATENCY_BATCHES:
+        example = Example(jax.ShapeDtypeStruct((batch, *problem.dataset.image_shape), jnp.float32))
+        compiled = {
+            "base": compile_network(problem.base, base_variables, example),
+            "winner": compile_network(net, variables, example),
+        }
+        times = measure(compiled)
+        ratio = speedup(times["base"], times["winner"])
+        table[str(batch)] = {
+            **{name: dataclasses.asdict(t) for name, t in times.items()},
+            "speedup": dataclasses.asdict(ratio),
+            "device": compiled["winner"].device,
+        }
+        watcher.advance(f"batch {batch}: {ratio.median:.2f}x")
+    return table
+
+
+def _summary(
+    problem: Problem,
+    net: nn.Module,
+    winner: ScoredCandidate,
+    rows: list[ScoredCandidate],
+    history: list[EpochRow],
+    latency: dict[str, Any],
+) -> dict[str, Any]:
+    spec, space = problem.spec, problem.space
+    drawn = problem.draw(winner.index)
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "search": spec.to_json(),
+        "space": {
+            "positions": [path_text(p) for p in space.paths],
+            "candidates": float(space.size),
+            "within_budget": problem.sampler.count,
+            "fraction_within_budget": problem.sampler.acceptance,
+        },
+        "base": {
+            "parameters": parameters(problem.base, problem.example),
+            "macs": macs(problem.base, problem.example),
+            "fingerprint": fingerprint(problem.base),
+        },
+        "winner": {
+            "index": winner.index,
+            "blocks": list(winner.names),
+            "block_scores": list(winner.blocks),
+            "block_parameters": [c[i] for c, i in zip(space.costs, drawn, strict=True)],
+            "score": winner.score,
+            "parameters": parameters(net, problem.example),
+            "macs": macs(net, problem.example),
+            "fingerprint": fingerprint(net),
+        },
+        "scoring": {
+            "candidates": len(rows),
+            "distinct": len({row.names for row in rows}),
+            "seconds": sum(row.seconds for row in rows),
+        },
+        "training": {
+            "history": [dataclasses.asdict(row) for row in history],
+            "test_accuracy": history[-1].test_accuracy,
+            "measured_on": problem.dataset.split_note,
+        },
+        "latency": latency,
+        "environment": _environment(),
+    }
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("nnopt", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+    return {
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+    }
