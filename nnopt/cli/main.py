@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: arguments; those of the process by default.
     """
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="nnopt",
         description=_DESCRIPTION,
         args=args,

@@ -49,6 +49,8 @@ class SearchCommand:
     """Images in the minibatch that scores. Scores compare only at equal batch."""
     epochs: int | None = None
     """Epochs to train the winner for; a short training by default."""
+    workers: int | None = None
+    """Candidates in flight at a time, which changes no result; one for each core by default."""
     out: Annotated[pathlib.Path, tyro.conf.arg(metavar="FOLDER")] = pathlib.Path("results/search")
     """Result folder. One search lives in one folder."""
 
@@ -74,7 +76,7 @@ class SearchCommand:
         )
         console = Console()
         with _Bars(console) as bars:
-            result = run(spec, self.out, data_dir=self.data_dir, watcher=bars)
+            result = run(spec, self.out, data_dir=self.data_dir, watcher=bars, workers=self.workers)
         page = write_report(result)
         console.print(summary_table(result))
         console.print(block_table(result))

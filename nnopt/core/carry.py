@@ -107,8 +107,9 @@ def _carry_step(
         within = [p for p in step.paths if name[1 : 1 + len(p)] == p]
         return max(within, key=len, default=None)
 
-    for name in specs:
-        if edited(name) is None and name in arrays:
+    for name, spec in specs.items():
+        # What stands behind an edit may take more or fewer channels than it did.
+        if edited(name) is None and name in arrays and arrays[name].shape == spec.shape:
             out[name], source[name] = arrays[name], origin[name]
     for path in step.paths:
         inside = {n: _relative(n, path) for n in {*arrays, *specs} if edited(n) == path}

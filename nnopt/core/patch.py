@@ -7,7 +7,14 @@ from typing import Any
 import flax.linen as nn
 
 from nnopt.core.encode import decode, digest, encode
-from nnopt.core.modules import External, Following, bind_in_place_of, configuration, is_method, share_scope
+from nnopt.core.modules import (
+    External,
+    Following,
+    bind_in_place_of,
+    configuration,
+    is_method,
+    share_scope,
+)
 from nnopt.core.paths import path_text
 from nnopt.errors import RecordError, RewriteError
 from nnopt.typing import Path
@@ -116,6 +123,12 @@ class Patched(nn.Module):
     patch: Patch
     steps: Steps = Steps()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:  # as for `Patch`
+            return _unpickled_network, (encode(self.base, strict=True), self.patch, self.steps)
+        except RecordError:
+            return Patched, (self.base, self.patch, self.steps)
+
     def setup(self) -> None:
         """Gives the base network this module's own scope."""
         share_scope(self, self.base)
@@ -139,6 +152,10 @@ class Patched(nn.Module):
     @nn.nowrap
     def _identity(self) -> str:
         return digest(encode(self, strict=False))
+
+
+def _unpickled_network(base: Any, patch: Patch, steps: Steps) -> Patched:
+    return Patched(decode(base), patch, steps)
 
 
 def _stand_in(patch: Patch, root: Path) -> Callable[..., Any]:

@@ -118,7 +118,8 @@ def rewrite(net: nn.Module, *rules: Rewrite, example: Any) -> nn.Module:
     Args:
         net: any linen module, rewritten before or not.
         *rules: rewrites, applied in this order; each sees the sites that the ones before it left.
-        example: an array of the network's input shape, or an `Example`.
+        example: an array of the network's input shape, an `Example`, or the `sites` of this very network, which saves tracing
+            it again.
 
     Returns:
         The rewritten network, or `net` itself if no rule edits anything.
@@ -128,17 +129,15 @@ def rewrite(net: nn.Module, *rules: Rewrite, example: Any) -> nn.Module:
         RewriteError: an edit is never reached, the network fails with it, or its outputs change shape or dtype.
         UnsupportedNetworkError: see `sites`.
     """
-    example = Example.of(example)
-    before = sites(net, example)
+    before = example if isinstance(example, Sites) and example.net is net else sites(net, example)
+    example = before.example
     for rule in rules:
         edits = dict(rule(before))
         if not edits:
             continue
         _check_edits(rule, edits, before)
         base, patch, steps = _parts(net)
-        edits = {
-            p: follow(m, before[p].module, patch.get(p), rule.pins) for p, m in edits.items()
-        }
+        edits = {p: follow(m, before[p].module, patch.get(p), rule.pins) for p, m in edits.items()}
         kept = {
             p: m for p, m in patch.items() if p in edits or not any(_above(e, p) for e in edits)
         }

@@ -113,7 +113,7 @@ class FisherPotential:
         *,
         where: Selector | str | None = None,
         loss: Callable[[jax.Array, jax.Array], jax.Array] = mean_cross_entropy,
-        compiler_options: Mapping[str, Any] | None = None,
+        compiler_options: dict[str, Any] | None = None,
     ) -> None:
         """Finds the probes and gates them.
 
@@ -131,7 +131,7 @@ class FisherPotential:
         found = sites(net, self.example)
         self.probes = block_probes(found, where)
         at = At(tuple(path_text(p) for p in self.probes.values()))
-        self._net = rewrite(net, AddGate(at), example=self.example)
+        self._net = rewrite(net, AddGate(at), example=found)
         self._gates = {
             probe: (found[probe].outputs.shape[0], found[probe].outputs.shape[-1])
             for probe in self.probes.values()

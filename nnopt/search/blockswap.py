@@ -5,6 +5,7 @@ done otherwise in the released code: all candidates are scored on the *same* aug
 unit at the same position, and drawn uniformly from the candidates inside the budget, without rejection.
 """
 
+import concurrent.futures
 import dataclasses
 import math
 import time
@@ -15,12 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nnopt.core import Example, rewrite
+from nnopt.core import Example, rewrite, sites
 from nnopt.core.example import rngs
 from nnopt.data import Dataset, load, minibatch
 from nnopt.errors import BudgetError, UnknownNetworkError
 from nnopt.networks import named
-from nnopt.rewrites import CODE_CHOICES, PAPER_CHOICES, Genotype
+from nnopt.rewrites import CODE_CHOICES, PAPER_CHOICES, Choice
 from nnopt.scores.fisher import FisherPotential
 from nnopt.search.sampler import BudgetSampler
 from nnopt.search.space import BlockSpace, block_space
@@ -106,6 +107,7 @@ class Problem:
         self.base = network_named(spec.network, len(self.dataset.classes))
         self.example = Example(jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32))
         choices = CODE_CHOICES if spec.choices == "code" else PAPER_CHOICES
+        self._sites = sites(self.base, self.example)
         self.space: BlockSpace = block_space(self.base, self.example, choices)
         self.sampler = BudgetSampler(self.space, spec.budget, spec.tolerance)
         images, self.labels = minibatch(self.dataset, spec.score_batch, self.key("minibatch"))
@@ -122,13 +124,14 @@ class Problem:
         """Candidate number `index`: for each position, which of its choices. A pure function of seed and index."""
         return self.sampler.draw(self.spec.seed, index)
 
-    def genotype(self, index: int) -> Genotype:
-        """The rule that makes candidate number `index` from the base network."""
-        return self.space.genotype(self.draw(index))
+    def choices(self, index: int) -> tuple[Choice, ...]:
+        """The choice at each position of candidate number `index`."""
+        return tuple(c[i] for c, i in zip(self.space.choices, self.draw(index), strict=True))
 
     def build(self, index: int) -> nn.Module:
         """Candidate number `index` as a network."""
-        return rewrite(self.base, self.genotype(index), example=self.example)
+        rule = self.space.genotype(self.draw(index))
+        return rewrite(self.base, rule, example=self._sites)
 
     def init(self, net: nn.Module) -> Any:
         """Fresh variables; the same unit at the same position has the same weights in every candidate."""
@@ -139,7 +142,10 @@ class Problem:
         start = time.perf_counter()
         drawn = self.draw(index)
         net = self.build(index)
-        fisher = FisherPotential(net, Example(self.images, train=True))
+        # A candidate's program runs once: on a CPU, compiling it well takes longer than running it badly.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        example = Example(self.images, train=True)
+        fisher = FisherPotential(net, example, compiler_options=options)
         result = fisher(self.init(net), self.images, self.labels)
         return ScoredCandidate(
             index,
@@ -155,7 +161,9 @@ def score_all(
     problem: Problem,
     known: Iterable[ScoredCandidate],
     on_scored: Callable[[ScoredCandidate], None],
+    *,
     score: Callable[[int], ScoredCandidate] | None = None,
+    workers: int = 1,
 ) -> list[ScoredCandidate]:
     """Scores every candidate of a search that is not known yet.
 
@@ -164,8 +172,9 @@ def score_all(
     Args:
         problem: the search.
         known: rows of an earlier, interrupted run.
-        on_scored: called with each new row.
+        on_scored: called with each new row, in the order of candidates.
         score: how a candidate is scored; by Fisher potential by default.
+        workers: candidates in flight at a time. Most of the time goes into compiling, which threads do side by side.
 
     Returns:
         All rows, by candidate number.
@@ -173,14 +182,25 @@ def score_all(
     score = problem.score if score is None else score
     rows = {row.index: row for row in known}
     by_names = {row.names: row for row in rows.values()}
-    for index in range(problem.spec.samples):
-        if index in rows:
-            continue
-        twin = by_names.get(problem.space.names(problem.draw(index)))
-        row = dataclasses.replace(twin, index=index, seconds=0.0) if twin else score(index)
-        rows[index] = row
-        by_names.setdefault(row.names, row)
-        on_scored(row)
+    missing = [i for i in range(problem.spec.samples) if i not in rows]
+    names = {i: problem.space.names(problem.draw(i)) for i in missing}
+    first: dict[tuple[str, ...], int] = {}
+    for i in missing:
+        if names[i] not in by_names:
+            first.setdefault(names[i], i)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        scored = pool.map(score, sorted(first.values()))
+        try:
+            for i in missing:
+                if first.get(names[i]) == i:
+                    row = by_names[names[i]] = next(scored)
+                else:
+                    row = dataclasses.replace(by_names[names[i]], index=i, seconds=0.0)
+                rows[i] = row
+                on_scored(row)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [rows[i] for i in range(problem.spec.samples)]
 
 

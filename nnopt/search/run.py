@@ -8,7 +8,6 @@ folder/
   result.json       everything found, and everything needed to find it again; written last
 """
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -16,12 +15,13 @@ import json
 import os
 import pathlib
 import platform
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import nnopt
 from nnopt.backends import compile_network, measure, speedup
 from nnopt.core import Example, fingerprint, save_record
 from nnopt.core.example import rngs
@@ -38,14 +38,24 @@ FORMAT = "nnopt blockswap result"
 LATENCY_BATCHES = (1, 32)
 
 
-class Watcher:
-    """Is told how a search gets on; this one does not care."""
+class Watcher(Protocol):
+    """Is told how a search gets on."""
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
         """A phase of `total` units begins, `done` of them finished earlier."""
 
     def advance(self, note: str = "") -> None:
         """One unit is done."""
+
+
+class _Nobody:
+    """A watcher that does not care."""
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        pass
+
+    def advance(self, note: str = "") -> None:
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +79,7 @@ def run(
     *,
     data_dir: str | None = None,
     watcher: Watcher | None = None,
+    workers: int | None = None,
 ) -> SearchResult:
     """Runs a search, or what is left of it.
 
@@ -78,12 +89,13 @@ def run(
             that holds a finished run is only read.
         data_dir: where data sets lie that are not embedded.
         watcher: is told of progress.
+        workers: candidates in flight at a time, which changes no result; one for each core by default.
 
     Raises:
         ResultFolderError: the folder cannot be written, or belongs to another search.
         NnoptError: see `Problem`.
     """
-    watcher = watcher or Watcher()
+    watcher = watcher or _Nobody()
     problem = Problem(
         spec, data_dir
     )  # before the folder: a search that cannot start leaves nothing behind
@@ -98,7 +110,7 @@ def run(
             watcher.advance(f"best {best([*known, row]).score:.3g}")
             known.append(row)
 
-        rows = score_all(problem, known, on_scored)
+        rows = score_all(problem, tuple(known), on_scored, workers=workers or os.cpu_count() or 1)
     finally:
         store.close()
     finished = _read_json(place / "result.json")
@@ -110,7 +122,7 @@ def run(
     save = place / "winner"
     save.mkdir(exist_ok=True)
     save_record(net, save / "network.json")
-    save_genotype(problem.genotype(winner.index).choices, save / "genotype.csv", winner.score)
+    save_genotype(problem.choices(winner.index), save / "genotype.csv", winner.score)
     variables, history = _train(problem, net, place / "training", watcher)
     save_checkpoint(save / "checkpoint", net, variables)
     latency = _latency(problem, net, variables, watcher)
@@ -192,10 +204,12 @@ def _train(
     state = trainer.start(variables, problem.key("shuffling"))
     history: list[EpochRow] = []
     epochs = problem.spec.recipe.epochs
-    # No checkpoint before the first epoch is over: then training starts, and starts again, from the beginning.
-    with contextlib.suppress(CheckpointError):
+    try:
         state = load_checkpoint(folder, net, state)
         history = [EpochRow(**row) for row in checkpoint_info(folder).extra["history"]]
+    except CheckpointError:
+        if folder.exists():  # damaged; where there is none yet, training starts from the beginning
+            raise
     watcher.phase("training the winner", epochs, len(history))
     while trainer.epoch(state) < epochs:
         state, row = trainer.run_epoch(state)
@@ -279,11 +293,12 @@ def _summary(
 
 
 def _environment() -> dict[str, Any]:
-    packages = ("nnopt", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
     return {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": {"nnopt": nnopt.__version__}
+        | {name: importlib.metadata.version(name) for name in packages},
         "machine": platform.machine(),
         "system": platform.system(),
         "device": jax.devices()[0].device_kind,
