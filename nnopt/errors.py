@@ -55,5 +55,13 @@ class DataError(NnoptError):
     """A data set is missing, truncated, or not what it claims to be."""
 
 
+class RecipeError(NnoptError):
+    """A training recipe holds a value that no training can be run with."""
+
+
+class SearchError(NnoptError):
+    """A search cannot be run as asked: too few samples, or a scoring batch of one."""
+
+
 class ResultFolderError(NnoptError):
     """A result folder cannot be written, or belongs to another run."""

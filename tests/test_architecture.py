@@ -61,7 +61,9 @@ def test_imports_go_down(path):
 
 
 def test_the_parser_sees_imports():
-    source = "import nnopt.core.sites\ndef f():\n    from nnopt.search import x\nfrom nnopt import cli"
+    source = (
+        "import nnopt.core.sites\ndef f():\n    from nnopt.search import x\nfrom nnopt import cli"
+    )
     assert imported_rooms(source) == {"core", "search", "cli"}
 
 

@@ -19,8 +19,8 @@ from nnopt.networks import NAMES, WideResNet, named
 from nnopt.rewrites import (
     CODE_CHOICES,
     PAPER_CHOICES,
-    Configure,
     AddGate,
+    Configure,
     Genotype,
     ReplaceBlock,
     choice,
@@ -115,7 +115,9 @@ def test_reduced_networks(data_dir):
         rows = [r for r in csv.DictReader(file) if r["family"] == "WRN-preact"]
     assert len(rows) > 10
     for row in rows:
-        net = WideResNet(int(row["depth"]), float(row["width_or_growth"]), inner=float(row["bottle_mult"]))
+        net = WideResNet(
+            int(row["depth"]), float(row["width_or_growth"]), inner=float(row["bottle_mult"])
+        )
         assert counts(net) == (int(row["params"]), int(row["conv_fc_macs"])), row
 
 
@@ -168,7 +170,7 @@ def test_parameters_at_every_position(kind):
         expected = block_parameters(kind.name, cin, cout)
         rule = ReplaceBlock("/".join(block.path), kind)
         if expected is None:
-            with pytest.raises(ChoiceError, match="do not divide|needs"):
+            with pytest.raises(ChoiceError, match=r"do not divide|needs"):
                 rule(wrn_sites())
             continue
         module = rule(wrn_sites())[block.path]
@@ -188,7 +190,9 @@ def test_names_round_trip(kind):
     assert choice(f" {kind.name} ") == kind
 
 
-@pytest.mark.parametrize("name", ["", "X", "G(0)", "B(0)", "A4", "BG(2)", "DConvA", "G(-1)", "B(2,4"])
+@pytest.mark.parametrize(
+    "name", ["", "X", "G(0)", "B(0)", "A4", "BG(2)", "DConvA", "G(-1)", "B(2,4"]
+)
 def test_unknown_names(name):
     with pytest.raises(ChoiceError, match="unknown block choice"):
         choice(name)
@@ -312,7 +316,11 @@ def test_blocks_compute_what_they_say():
     def conv(x, kernel, stride=1, groups=1):
         pad = kernel.shape[0] // 2
         return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), ((pad, pad),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x,
+            kernel,
+            (stride, stride),
+            ((pad, pad),) * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=groups,
         )
 
@@ -353,7 +361,16 @@ def test_residual_blocks_are_found(name):
     assert len(blocks) == BLOCKS[name]
     assert len({type(b.module) for b in blocks}) == 1
     names = {type(b.module).__name__ for b in blocks}
-    assert names <= {*"WideBlock BasicBlock Bottleneck PreActBlock ResNeXtBlock InvertedResidual".split()}
+    assert names <= {
+        *[
+            "WideBlock",
+            "BasicBlock",
+            "Bottleneck",
+            "PreActBlock",
+            "ResNeXtBlock",
+            "InvertedResidual",
+        ]
+    }
 
 
 @pytest.mark.parametrize("network", RESIDUAL)

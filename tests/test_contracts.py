@@ -135,9 +135,7 @@ def specs_of(net: nn.Module, example: Example):
 def values_like(specs):
     """Positive random values, so that they may stand for variances as well: no compilation."""
     rng = np.random.default_rng(5)
-    return jax.tree.map(
-        lambda s: jnp.asarray(rng.uniform(0.1, 0.4, s.shape), s.dtype), specs
-    )
+    return jax.tree.map(lambda s: jnp.asarray(rng.uniform(0.1, 0.4, s.shape), s.dtype), specs)
 
 
 def outputs(net: nn.Module, case: Case, variables, train: bool):
@@ -277,7 +275,9 @@ def test_differentiates_under_jit(row):
     rest = {k: v for k, v in variables.items() if k != "params"}
 
     def loss(params, rest, *args):
-        leaves = jax.tree.leaves(made.new.apply({"params": params, **rest}, *args, **made.case.eval))
+        leaves = jax.tree.leaves(
+            made.new.apply({"params": params, **rest}, *args, **made.case.eval)
+        )
         return sum((leaf**2).mean() for leaf in leaves)
 
     run = jax.jit(jax.value_and_grad(loss))

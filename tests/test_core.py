@@ -98,7 +98,7 @@ def test_paths_and_values_of_the_sites():
 def test_lifting_is_noted(network, path, lifted):
     case = CASES[network]
     site = sites(case.net, case.inputs[0])[path]
-    assert set(site.lifted) == set(lifted)
+    assert site.lifted == lifted
 
 
 def test_calls_of_a_shared_module_are_counted():
@@ -113,7 +113,7 @@ def test_calls_of_a_shared_module_are_counted():
 
 def test_a_network_that_cannot_be_called_says_so():
     with pytest.raises(UnsupportedNetworkError, match="cannot be called with"):
-        sites(NET, Example(VECTOR, VECTOR, VECTOR, nonsense=1))
+        sites(Compact(), Example(IMAGE, nonsense=1))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_an_unknown_field_is_refused():
 
 def test_a_method_the_stand_in_lacks_is_named():
     case = CASES["tied_attend"]
-    with pytest.raises(RewriteError, match="Then cannot stand at 'embed': .*method 'attend'"):
+    with pytest.raises(RewriteError, match=r"Then cannot stand at 'embed': .*method 'attend'"):
         rewrite(case.net, AddTap("embed"), example=case.inputs[0])
 
 
@@ -222,15 +222,15 @@ def test_one_thing_after_another_at_one_path():
     hidden = x @ variables["params"]["layers_0"]["kernel"]
     gates = {
         "layers_0": {"after": {"gate": jnp.full((2, 8), 2.0)}},
-        "after": {"gate": jnp.full((2, 4), 3.0)},
+        "after": {"gate": jnp.full((2, 4), 3.0)},  # of the network itself
     }
     found = sites(net, VECTOR)
     assert isinstance(found["layers_0"].module, Then)
     inner = found["layers_0"].module.module
     assert isinstance(inner, Then)
-    # The gate of the inner `Then` and the tap of the outer one live at the same path, in other collections.
+    assert isinstance(inner.module, nn.Dense)
     out, taps = net.apply({**variables, GATES: gates}, x, mutable=[TAPS])
-    np.testing.assert_allclose(taps[TAPS]["layers_0"]["after"]["value"], 2 * hidden, rtol=1e-5)
+    np.testing.assert_allclose(taps[TAPS]["layers_0"]["after2"]["value"], 2 * hidden, rtol=1e-5)
     expected = nn.relu(2 * hidden) @ variables["params"]["layers_2"]["kernel"] * 3
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
@@ -317,11 +317,11 @@ def test_carry_reports_and_keeps_values():
 def test_a_rule_with_mathematics_of_its_own_keeps_the_function():
     new = rewrite(
         NET,
+        Widen("layers_0", "layers_2", 9),
+        AddGate("."),
         Widen("layers_0", "layers_2", 11),
-        AddGate("layers_0"),
-        Widen("layers_0", "layers_2", 12),
         example=VECTOR,
-    ) if False else rewrite(NET, Widen("layers_0", "layers_2", 11), AddGate("."), example=VECTOR)
+    )
     old = init(NET)
     values, report = carry(NET, new, old, example=VECTOR, key=jax.random.key(1))
     assert set(report.transformed) == {
@@ -341,7 +341,9 @@ def test_carry_refuses_strangers():
     key = jax.random.key(0)
     with pytest.raises(CarryError, match="was not rewritten from the old Setup"):
         carry(Setup(), new, init(Setup()), example=VECTOR, key=key)
-    with pytest.raises(CarryError, match="'params/layers_0/kernel' should have shape"):
+    with pytest.raises(
+        CarryError, match=r"not those of the old network: 'params/layers_.* should have shape"
+    ):
         carry(NET, new, init(Setup()), example=VECTOR, key=key)
     with pytest.raises(CarryError, match="found None"):
         carry(NET, new, {"params": {}}, example=VECTOR, key=key)
@@ -357,7 +359,7 @@ class Miscarry(Widen):
 
 def test_carry_names_the_rule_that_carries_a_wrong_shape():
     new = rewrite(NET, Miscarry("layers_0", "layers_2", 11), example=VECTOR)
-    with pytest.raises(CarryError, match="Miscarry.*mend the rule's carry"):
+    with pytest.raises(CarryError, match=r"Miscarry.*mend the rule's carry"):
         carry(NET, new, init(NET), example=VECTOR, key=jax.random.key(1))
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from foreign_networks import CASES, JITTED, VECTOR, Case
 from flax import linen as nn
+from foreign_networks import CASES, JITTED, VECTOR, Case
 
 from nnopt.core import Example, Patched, Rewrite, base_of, fingerprint, rewrite, sites
 from nnopt.errors import UnsupportedNetworkError
@@ -28,6 +28,7 @@ def example_of(case: Case) -> Example:
 
 def program(net: nn.Module, case: Case) -> str:
     """StableHLO of init, inference and one training step's forward pass, in one module."""
+
     def run(key, variables, *args):
         keys = {"params": key, "dropout": key}
         made = net.init(keys, *args, **case.eval)
@@ -77,7 +78,9 @@ def test_initial_weights_are_the_same_bits(name):
     case = CASES[name]
     new = rewrite(case.net, Itself(), example=example_of(case))
     key = jax.random.key(3, impl="unsafe_rbg")  # compiles fast
-    old_values, new_values = (jax.jit(example_of(case).init, static_argnums=0)(net, key) for net in (case.net, new))
+    old_values, new_values = (
+        jax.jit(example_of(case).init, static_argnums=0)(net, key) for net in (case.net, new)
+    )
     assert jax.tree.structure(old_values) == jax.tree.structure(new_values)
     jax.tree.map(np.testing.assert_array_equal, old_values, new_values)
 

@@ -10,7 +10,7 @@ import pytest
 
 from nnopt import data
 from nnopt.core import Example, Patched, rewrite
-from nnopt.errors import DataError
+from nnopt.errors import DataError, RecipeError
 from nnopt.rewrites import Configure
 from nnopt.training import (
     Evaluator,
@@ -107,7 +107,7 @@ def test_published_recipes():
     ],
 )
 def test_nonsense_is_refused(record, said):
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(RecipeError, match=said):
         Recipe.from_json(record)
 
 
@@ -124,7 +124,7 @@ def test_warmup_rises_to_the_peak():
         [rate(i) for i in range(5)], [0.02, 0.04, 0.06, 0.08, 0.1], rtol=1e-5
     )
     np.testing.assert_allclose(rate(20), 0.0, atol=1e-8)
-    with pytest.raises(DataError, match="warmup_steps=20"):
+    with pytest.raises(RecipeError, match="warmup_steps=20"):
         Recipe(epochs=2, warmup_steps=20).learning_rate_schedule(10)
 
 

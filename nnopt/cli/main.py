@@ -1,5 +1,6 @@
 """The `nnopt` command."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -37,9 +38,13 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     try:
         command.run()
+        sys.stdout.flush()
     except NnoptError as error:
         print(f"nnopt: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print(
             "nnopt: interrupted; the same command takes up where this one stopped", file=sys.stderr

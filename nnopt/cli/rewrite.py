@@ -34,7 +34,8 @@ class RewriteCommand:
 
         if (self.choice is None) == (self.genotype is None) or (self.genotype and self.where):
             raise ChoiceError("give either --choice (and --where), or --genotype alone")
-        net, example = load_network(self.network), example_for(self.size)
+        net = load_network(self.network)
+        example = example_for(net, self.size)
         rule = (
             load_genotype(self.genotype)
             if self.genotype is not None
@@ -45,8 +46,9 @@ class RewriteCommand:
         if self.out is not None:
             try:
                 save_record(made, self.out)
-            except OSError as e:
+            except (OSError, ValueError) as e:  # ValueError: a path without a name, such as "/"
+                reason = getattr(e, "strerror", None) or "it names no file"
                 raise ResultFolderError(
-                    f"cannot write {self.out}: {e.strerror}; give another path with --out"
+                    f"cannot write {self.out}: {reason}; give another path with --out"
                 ) from e
             print(f"Record: {self.out}")

@@ -108,7 +108,9 @@ class _Bars:
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
         """See `nnopt.search.run.Watcher`."""
-        self._task = self._progress.add_task(name, total=total, completed=done, note="")
+        self._task = self._progress.add_task(name, total=total, note="")
+        # Told by an update, the bar of a phase that was complete before stops its clock.
+        self._progress.update(self._task, completed=done)
 
     def advance(self, note: str = "") -> None:
         """See `nnopt.search.run.Watcher`."""

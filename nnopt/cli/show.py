@@ -29,9 +29,11 @@ class ShowCommand:
         from nnopt.core import diff, show
         from nnopt.costs import macs
 
-        net, example = load_network(self.network), example_for(self.size)
+        net = load_network(self.network)
+        example = example_for(net, self.size)
         if self.against is not None:
-            print(diff(load_network(self.against), net, example))
+            old = load_network(self.against)
+            print(diff(old, net, example_for(old, self.size)))
             return
         print(show(net, example, depth=self.depth))
         print(

@@ -121,8 +121,8 @@ def _carry_step(
                 value = carried[text]
                 if value.shape != specs[name].shape:
                     raise CarryError(
-                        f"{step.rule} carries {'/'.join(name)!r} with shape {value.shape}, the network wants {specs[name].shape}; "
-                        "mend the rule's carry"
+                        f"{type(step.rule).__name__} carries {'/'.join(name)!r} with shape {value.shape}, the network wants "
+                        f"{specs[name].shape}; mend the rule's carry"
                     )
                 out[name] = value
                 source[name] = origin[name] if old.get(text) is value else "transformed"

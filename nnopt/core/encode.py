@@ -276,7 +276,8 @@ class _Decoder:
         return found
 
     def call(self, v: dict[str, Any]) -> Any:
-        if v["call"].split(":")[0] not in _FACTORIES:
+        home, _, maker = v["call"].partition(":")
+        if home not in _FACTORIES or not maker.isidentifier() or maker.startswith("_"):
             raise RecordError(
                 f"a record may only call initializers of {' or '.join(_FACTORIES)}, not {v['call']}"
             )

@@ -89,7 +89,8 @@ def detach(module: nn.Module) -> nn.Module:
         if not isinstance(value, nn.Module):
             return value
         owned = value.scope is None or (
-            owner.scope is not None and value.scope.path == (*owner.scope.path, value.name)
+            owner.scope is not None
+            and value.scope.path in (owner.scope.path, (*owner.scope.path, value.name))
         )
         if not owned:
             return External(field, keys)
@@ -106,28 +107,46 @@ def share_scope(wrapper: nn.Module, inner: nn.Module) -> None:
     Flax gives such children a scope when `inner` is bound, below the one that it is about to leave, and moves their
     variables but not their paths and random streams.
     """
-    assert wrapper.scope is not None and inner.scope is not None
+    assert wrapper.scope is not None
+    assert inner.scope is not None
     left = inner.scope
     if left.parent is wrapper.scope:  # a child of `inner` may have the name of the field
-        wrapper.scope.reservations.pop(left.name, None)
+        wrapper.scope.reservations.pop(str(left.name), None)
     nn.share_scope(wrapper, inner)
     if inner.scope is left:
         return
 
-    def move(owner: nn.Module, old: Path) -> None:
-        def moved(value: Any, _: tuple[Any, ...]) -> Any:
-            if isinstance(value, nn.Module) and value.scope is not None:
-                path = value.scope.path
-                if path == (*old, value.name):
-                    assert owner.scope is not None
-                    object.__setattr__(value, "scope", owner.scope.push(value.name, reuse=True))
-                    move(value, path)
-            return value
+    _move_children(inner, left.path)
 
-        for value in configuration(owner).values():
-            map_values(moved, value)
 
-    move(inner, left.path)
+def rename_child(owner: nn.Module, child: nn.Module, name: str) -> None:
+    """Gives a child held in a field of `owner` another name than the field's, before either has run."""
+    assert owner.scope is not None
+    assert child.scope is not None
+    old = child.scope.path
+    if old[-1] == name:
+        return
+    owner.scope.reservations.pop(old[-1], None)
+    owner._state.children[name] = owner._state.children.pop(old[-1])
+    object.__setattr__(child, "name", name)
+    object.__setattr__(child, "scope", owner.scope.push(name, reuse=True))
+    _move_children(child, old)
+
+
+def _move_children(owner: nn.Module, old: Path) -> None:
+    """Gives the modules in fields of `owner` scopes below its own, which was at `old` when they were bound."""
+
+    def moved(value: Any, _: tuple[Any, ...]) -> Any:
+        if isinstance(value, nn.Module) and value.scope is not None:
+            path = value.scope.path
+            if path == (*old, value.name):
+                assert owner.scope is not None
+                object.__setattr__(value, "scope", owner.scope.push(value.name, reuse=True))
+                _move_children(value, path)
+        return value
+
+    for field in configuration(owner).values():
+        map_values(moved, field)
 
 
 def follow(
@@ -142,7 +161,9 @@ def follow(
         pins: fields that keep the value `edit` gives them in every call.
     """
     if stands is None:
-        flags = {k: Following(k, v) for k, v in configuration(seen).items() if _may_be_flag(v)}
+        flags: dict[str, Any] = {
+            k: Following(k, v) for k, v in configuration(seen).items() if _may_be_flag(v)
+        }
         stands = seen.clone(parent=None, name=None, **flags)
     was, now = configuration(seen), configuration(stands)
     copies: dict[int, nn.Module] = {id(seen): stands}

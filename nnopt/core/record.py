@@ -11,8 +11,8 @@ from nnopt.core.encode import decode, encode
 from nnopt.core.example import Example
 from nnopt.core.fingerprint import fingerprint
 from nnopt.core.paths import path_text
-from nnopt.core.rewrite import base_of, history, rewrite
-from nnopt.errors import RecordError, RewriteError
+from nnopt.core.rewrite import Rewrite, base_of, history, rewrite
+from nnopt.errors import RecordError, RewriteError, SelectionError
 
 FORMAT = "nnopt network"
 VERSION = 1
@@ -71,10 +71,15 @@ def from_record(record: Any) -> nn.Module:
     for index, step in enumerate(record["steps"]):
         _check_keys(step, _STEP_KEYS, f"step {index} of the network record")
         _check_keys(step["example"], {"args", "kwargs"}, f"the example of step {index}")
-        example = Example(*decode(step["example"]["args"]), **decode(step["example"]["kwargs"]))
+        rule = decode(step["rule"])
+        args, kwargs = (decode(step["example"][k]) for k in ("args", "kwargs"))
+        if not (isinstance(rule, Rewrite) and isinstance(args, tuple) and isinstance(kwargs, dict)):
+            raise RecordError(
+                f"step {index} of the network record must hold a rule, and a list and a dictionary of arguments"
+            )
         try:
-            net = rewrite(net, decode(step["rule"]), example=example)
-        except RewriteError as e:
+            net = rewrite(net, rule, example=Example(*args, **kwargs))
+        except (RewriteError, SelectionError) as e:
             raise RecordError(f"step {index} of the network record no longer applies: {e}") from e
         _check_fingerprint(net, step["fingerprint"], f"step {index}")
     _check_fingerprint(net, record["fingerprint"], "the network")

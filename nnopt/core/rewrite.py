@@ -149,7 +149,7 @@ def rewrite(net: nn.Module, *rules: Rewrite, example: Any) -> nn.Module:
         unreached = [p for p in (*kept, *edits) if p not in stood_in]
         if unreached:
             raise RewriteError(
-                f"{rule} edits {path_text(unreached[0])!r}, but the rewritten network never calls what stands there; "
+                f"{_one_line(rule)} edits {path_text(unreached[0])!r}, but the rewritten network never calls what stands there; "
                 "edit the module around it instead"
             )
         living = Patch({**kept, **{p: m for p, m in shadowed.items() if p in stood_in}, **edits})
@@ -178,7 +178,7 @@ def replay(base: nn.Module, steps: Iterable[Step]) -> nn.Module:
         made = fingerprint(net)
         if made != step.fingerprint:
             raise RewriteError(
-                f"replaying {step.rule} gives another network than it did (fingerprint {made[:12]}, expected "
+                f"replaying {_one_line(step.rule)} gives another network than it did (fingerprint {made[:12]}, expected "
                 f"{step.fingerprint[:12]}); the base network or the rule has changed since"
             )
     return net
@@ -203,12 +203,13 @@ def _check_edits(rule: Rewrite, edits: Mapping[Path, Any], before: Sites) -> Non
     for path, module in edits.items():
         if path not in before:
             raise SelectionError(
-                f"{rule} edits {path_text(path)!r}, which is not in {type(base_of(before.net)).__name__}: "
+                f"{_one_line(rule)} edits {path_text(path)!r}, which is not in {type(base_of(before.net)).__name__}: "
                 f"{suggestion(path, before.paths)}"
             )
         if not isinstance(module, nn.Module) or module.scope is not None:
             raise RewriteError(
-                f"{rule} puts {module!r} at {path_text(path)!r}; expected an unbound linen module, made with parent=None"
+                f"{_one_line(rule)} puts {_one_line(module)} at {path_text(path)!r}; "
+                "expected an unbound linen module, made with parent=None"
             )
 
 
@@ -229,7 +230,7 @@ def _check_result(rule: Rewrite, edits: Edits, before: Sites, trace: Trace) -> N
             failed = path_text(trace.recorder.failed or ())
             where = f"{failed!r} raises {type(trace.error).__name__}: {_first_line(trace.error)}"
         raise RewriteError(
-            f"{rule}: the network no longer runs, {where}; keep the output shape there, or edit what takes it as well"
+            f"{_one_line(rule)}: the network no longer runs, {where}; keep the output shape there, or edit what takes it as well"
         ) from trace.error
     if not _same_spec(before.outputs, trace.outputs):
         where = ""
@@ -237,7 +238,7 @@ def _check_result(rule: Rewrite, edits: Edits, before: Sites, trace: Trace) -> N
             path, (old, new) = guilty
             where = f", because {path_text(path)!r} now returns {new} instead of {old}"
         raise RewriteError(
-            f"{rule}: the network returns {spec_text(trace.outputs)} instead of {spec_text(before.outputs)}{where}; "
+            f"{_one_line(rule)}: the network returns {spec_text(trace.outputs)} instead of {spec_text(before.outputs)}{where}; "
             "a rewrite must keep the network's output"
         )
 
@@ -250,6 +251,11 @@ def _same_spec(a: Any, b: Any) -> bool:
         and getattr(x, "dtype", None) == getattr(y, "dtype", None)
         for (key, x), (other, y) in zip(old, new, strict=True)
     )
+
+
+def _one_line(thing: Any) -> str:
+    """A rule or module in a message: Flax prints modules over many lines."""
+    return " ".join(repr(thing).replace("# attributes", "").split())
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Sites: the modules of a network as it calls them, found by one abstract trace."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -172,13 +173,20 @@ def sites(net: nn.Module, example: Any) -> Sites:
     trace = Trace(net, Example.of(example))
     if trace.error is None:
         return trace.sites()
-    if trace.recorder.failed is None and isinstance(
-        trace.error, TypeError
-    ):  # not even the call itself fits
+    if not _can_be_called(net, trace.example):
         raise UnsupportedNetworkError(
             f"{_title(net)} cannot be called with {trace.example}: {trace.error}; give the arguments that its __call__ takes"
         ) from trace.error
     raise trace.error
+
+
+def _can_be_called(net: nn.Module, example: Example) -> bool:
+    called = net.base if isinstance(net, Patched) else net
+    try:
+        inspect.signature(called.__call__).bind(*example.args, **example.kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 class Trace:
@@ -294,10 +302,12 @@ def own_leaves(tree: Any, path: Path, known: Any, prefix: str = "") -> dict[str,
 
 
 def _transforms(debug_path: tuple[str, ...]) -> tuple[str, ...]:
-    """`("remat(scan(layers))", "conv")` -> `("remat", "scan")`: Flax writes its transforms into the debug path."""
+    """`("remat(scan(layers))", "conv")` -> `("scan", "remat")`: Flax writes its transforms into the debug path, outermost last."""
     names: list[str] = []
     for part in debug_path:
+        here: list[str] = []
         while part.endswith(")") and "(" in part:
             name, part = part[:-1].split("(", 1)
-            names.append(name)
+            here.insert(0, name)
+        names += here
     return tuple(names)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
-from nnopt.core.modules import share_scope
+from nnopt.core.modules import rename_child, share_scope
 
 TAPS = "taps"
 """The variable collection that `Tap` writes to."""
@@ -25,7 +25,8 @@ class Identity(nn.Module):
 class Then(nn.Module):
     """`x -> after(module(x))`, standing exactly where `module` stood.
 
-    It shares the scope of `module`, so the variables of `module` keep their paths; those of `after` live below `after`.
+    It shares the scope of `module`, so the variables of `module` keep their paths; those of `after` live below `after`,
+    or, where `module` is itself a `Then`, below `after2`, `after3` and so on: those inside keep their paths as well.
 
     Attributes:
         module: what runs first, with all arguments.
@@ -39,6 +40,11 @@ class Then(nn.Module):
 
     def setup(self) -> None:
         """Takes over the scope of `module`."""
+        inside, depth = self.module, 1
+        while isinstance(inside, Then):
+            inside, depth = inside.module, depth + 1
+        if depth > 1:
+            rename_child(self, self.after, f"after{depth}")
         share_scope(self, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

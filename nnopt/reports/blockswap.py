@@ -3,17 +3,19 @@
 import base64
 import html
 import io
+import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nnopt.core.record import write_text
 from nnopt.rewrites import choice
 from nnopt.search.blockswap import best
-from nnopt.search.run import SearchResult
+from nnopt.search.run import SearchResult, writing_to
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,18 +28,22 @@ def write_report(result: SearchResult) -> pathlib.Path:
 
     Returns:
         The path of the HTML page.
+
+    Raises:
+        ResultFolderError: the folder cannot be written.
     """
     folder = result.folder
     text = render(summary_table(result), width=78) + "\n" + render(block_table(result), width=78)
-    write_text(folder / "table.txt", text)
-    pictures = {"score.png": score_picture(result), "winner.png": winner_picture(result)}
-    encoded = {}
-    for name, figure in pictures.items():
-        data = _png(figure)
-        _write_bytes(folder / name, data)
-        encoded[name] = base64.b64encode(data).decode()
+    pictures = {
+        "score.png": _png(score_picture(result)),
+        "winner.png": _png(winner_picture(result)),
+    }
     page = folder / "report.html"
-    write_text(page, _page(result, encoded))
+    with writing_to(folder):
+        write_text(folder / "table.txt", text)
+        for name, data in pictures.items():
+            _write_bytes(folder / name, data)
+        write_text(page, _page(result, pictures))
     return page
 
 
@@ -45,7 +51,7 @@ def summary_table(result: SearchResult) -> Table:
     """Base network and winner side by side: parameters, multiply-accumulates, latency, accuracy, score."""
     s = result.summary
     base, winner = s["base"], s["winner"]
-    table = Table(title=_title(s), title_justify="left")
+    table = Table(title=Text(_title(s), style="table.title"), title_justify="left")
     for name, justify in (("", "left"), ("base", "right"), ("winner", "right"), ("ratio", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for label, key in (("parameters", "parameters"), ("multiply-accumulates", "macs")):
@@ -64,9 +70,11 @@ def summary_table(result: SearchResult) -> Table:
         )
     table.add_row("Fisher potential", "", f"{winner['score']:.4g}", "")
     table.add_row("test accuracy", "", f"{s['training']['test_accuracy']:.2%}", "")
-    table.caption = (
-        f"Latency: median on XLA, {s['environment']['device']}, weights constant, interleaved. "
-        f"Accuracy: {s['training']['measured_on']}"
+    # A Text, because a string would be searched for markup such as [bold].
+    table.caption = Text(
+        f"Latency: median on XLA, {_device(s)}, weights constant, interleaved. "
+        f"Accuracy: {s['training']['measured_on']}",
+        style="table.caption",
     )
     table.caption_justify = "left"
     return table
@@ -88,16 +96,17 @@ def block_table(result: SearchResult) -> Table:
         winner["block_scores"],
         strict=True,
     ):
-        table.add_row(position, name, f"{cost:,}", f"{score / total:.1%}")
+        table.add_row(Text(position), Text(name), f"{cost:,}", f"{score / total:.1%}")
     return table
 
 
 def score_picture(result: SearchResult) -> "Figure":
-    """Fisher potential against parameters, one dot for each candidate, the winner marked."""
+    """Fisher potential against parameters, one dot for each candidate of finite score, the winner marked."""
     from matplotlib.figure import Figure
 
     spec = result.summary["search"]
     top = best(result.rows)
+    rows = [r for r in result.rows if math.isfinite(r.score)]
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     budget, tolerance = spec["budget"], spec["tolerance"]
@@ -106,15 +115,20 @@ def score_picture(result: SearchResult) -> "Figure":
         label=f"budget ± {tolerance:.1%}",
     )  # fmt: skip
     axes.scatter(
-        [r.parameters / 1e3 for r in result.rows],
-        [r.score for r in result.rows],
-        s=22, color=_BLUE, alpha=0.7, linewidths=0, label=f"{len(result.rows):,} candidates",
+        [r.parameters / 1e3 for r in rows],
+        [r.score for r in rows],
+        s=22, color=_BLUE, alpha=0.7, linewidths=0, label=f"{len(rows):,} candidates",
     )  # fmt: skip
     axes.scatter(
         [top.parameters / 1e3], [top.score], s=170, marker="*", color=_RED, zorder=3,
         label=f"winner: {top.score:.3g} at {top.parameters:,} parameters",
     )  # fmt: skip
-    axes.set_yscale("log")
+    lowest, highest = (
+        min((r.score for r in rows), default=0),
+        max((r.score for r in rows), default=0),
+    )
+    if 0 < 10 * lowest < highest:  # a logarithmic axis within one decade has hardly a tick
+        axes.set_yscale("log")
     axes.set_xlabel("parameters (thousands)")
     axes.set_ylabel("Fisher potential (higher is better)")
     axes.set_title(f"BlockSwap on {spec['network']}, {spec['data']}", loc="left")
@@ -126,7 +140,7 @@ def score_picture(result: SearchResult) -> "Figure":
 
 
 def winner_picture(result: SearchResult) -> "Figure":
-    """Parameters of the winner's block at each position, beside those of the base network's."""
+    """The winner's block at each position: its share of the score, and its parameters."""
     from matplotlib.figure import Figure
 
     winner, positions = result.summary["winner"], result.summary["space"]["positions"]
@@ -164,6 +178,17 @@ def _title(summary: dict[str, Any]) -> str:
     )
 
 
+def _device(summary: dict[str, Any]) -> str:
+    """What the latencies were measured on: the model of the processor or accelerator."""
+    first = next(iter(summary["latency"].values()))
+    return str(first["device"]["device_kind"])
+
+
+def _count(number: float) -> str:
+    """A number of candidates, which may have twenty digits."""
+    return f"{number:,.0f}" if number < 1e6 else f"{number:.2e}"
+
+
 def _milliseconds(latency: dict[str, Any]) -> str:
     flag = "*" if latency["below_overhead"] else ""
     return f"{latency['median_ms']:.3g} ms{flag}"
@@ -196,7 +221,7 @@ def _html_table(table: Table) -> str:
     return f"<table><tr>{head}</tr>{body}</table>{caption}"
 
 
-def _page(result: SearchResult, pictures: dict[str, str]) -> str:
+def _page(result: SearchResult, pictures: dict[str, bytes]) -> str:
     s = result.summary
     spec, space = s["search"], s["space"]
     history = "".join(
@@ -204,10 +229,15 @@ def _page(result: SearchResult, pictures: dict[str, str]) -> str:
         f"<td>{r['test_accuracy']:.2%}</td><td>{r['seconds']:.1f}</td></tr>"
         for r in s["training"]["history"]
     )
-    environment = ", ".join(f"{k} {v}" for k, v in s["environment"]["packages"].items())
+    where = s["environment"]
+    packages = ", ".join(f"{k} {v}" for k, v in where["packages"].items())
+    environment = html.escape(
+        f"Python {where['python']}, {packages}; {_device(s)}, {where['cores']} cores; finished {where['finished']}"
+    )
     data_note = html.escape(s["training"]["measured_on"])
     settings = html.escape(", ".join(f"{k} = {v}" for k, v in spec.items() if k != "recipe"))
     recipe = html.escape(", ".join(f"{k} = {v}" for k, v in spec["recipe"].items()))
+    encoded = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
     image = '<img alt="{}" src="data:image/png;base64,{}">'
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(_title(s))}</title>
@@ -221,19 +251,18 @@ def _page(result: SearchResult, pictures: dict[str, str]) -> str:
 <h1>{html.escape(_title(s))}</h1>
 {_html_table(summary_table(result))}
 <h2>Score against parameters</h2>
-{image.format("Fisher potential of all candidates against their parameters", pictures["score.png"])}
-<p class=note>{s["scoring"]["candidates"]:,} candidates, drawn uniformly from the {space["within_budget"]:.3g} of
-{space["candidates"]:.3g} that lie within the budget ({space["fraction_within_budget"]:.2%}); all scored on one minibatch of
+{image.format("Fisher potential of all candidates against their parameters", encoded["score.png"])}
+<p class=note>{s["scoring"]["candidates"]:,} candidates, drawn uniformly from the {_count(space["within_budget"])} of
+{_count(space["candidates"])} that lie within the budget ({space["fraction_within_budget"]:.2%}); all scored on one minibatch of
 {spec["score_batch"]} images in {s["scoring"]["seconds"]:.0f} s.</p>
 <h2>The winner</h2>
-{image.format("Share of score and parameters of the winner, block by block", pictures["winner.png"])}
+{image.format("Share of score and parameters of the winner, block by block", encoded["winner.png"])}
 {_html_table(block_table(result))}
 <h2>Training the winner</h2>
 <table><tr><th>epoch</th><th>loss</th><th>train accuracy</th><th>test accuracy</th><th>seconds</th></tr>{history}</table>
 <p class=note>{data_note}</p>
 <h2>How to repeat it</h2>
 <p class=note>{settings}. Recipe: {recipe}.</p>
-<p class=note>Python {s["environment"]["python"]}, {html.escape(environment)}; {html.escape(s["environment"]["device"])},
-{s["environment"]["cores"]} cores; finished {s["environment"]["finished"]}.</p>
+<p class=note>{environment}.</p>
 </html>
 """

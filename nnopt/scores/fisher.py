@@ -29,7 +29,7 @@ import numpy as np
 from nnopt.core import At, Dataflow, Example, ResidualBlocks, Selector, rewrite, select, sites
 from nnopt.core.paths import path_text
 from nnopt.core.sites import Sites
-from nnopt.errors import SelectionError
+from nnopt.errors import SelectionError, UnsupportedNetworkError
 from nnopt.layers import GATES, AddGate
 from nnopt.typing import Path, Variables
 
@@ -119,15 +119,24 @@ class FisherPotential:
 
         Args:
             net: any linen network with residual blocks.
-            example: an `Example` of the scored batch as the network takes it in training, `Example(images, train=True)`.
+            example: an `Example` of the scored batch as the network takes it in training, `Example(images, train=True)`. The
+                images are its first argument and its only array.
             where: which modules are the blocks; by default every residual block.
             loss: `(outputs, labels) -> scalar`, a mean over the batch.
             compiler_options: passed to `jax.jit`.
 
         Raises:
             SelectionError: see `block_probes`.
+            UnsupportedNetworkError: the example has other arrays than the images.
         """
         self.example = Example.of(example)
+        leaves = jax.tree.leaves((self.example.args, self.example.kwargs))
+        arrays = [x for x in leaves if hasattr(x, "dtype")]
+        if len(arrays) != 1 or arrays != list(self.example.args[:1]):
+            raise UnsupportedNetworkError(
+                f"Fisher potential scores networks of images alone, not of {self.example}; give "
+                "Example(images, train=True), and put other arrays into the network"
+            )
         found = sites(net, self.example)
         self.probes = block_probes(found, where)
         at = At(tuple(path_text(p) for p in self.probes.values()))
@@ -140,19 +149,17 @@ class FisherPotential:
         self._energies = jax.jit(self._energy_of_gates, compiler_options=compiler_options)
 
     def _energy_of_gates(
-        self, variables: Variables, inputs: Any, labels: jax.Array, key: jax.Array
-    ) -> list[tuple[jax.Array, jax.Array]]:
+        self, variables: Variables, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> dict[Path, tuple[jax.Array, jax.Array]]:
         """For each probe `(s, e)` with `mean_n (d sum_n L_n / d m_nc)^2 = s^2 e_c`, `e` of order one."""
         batch = labels.shape[0]
 
         def summed_loss(gates: list[jax.Array]) -> jax.Array:
-            args, kwargs = inputs
-            collection = _nested(dict(zip(self._gates, gates, strict=True)))
             outputs, _ = self._net.apply(
-                {**variables, GATES: collection},
-                *args,
-                **kwargs,
-                **self._static_kwargs(),
+                {**variables, GATES: _nested(dict(zip(self._gates, gates, strict=True)))},
+                images,
+                *self.example.args[1:],
+                **self.example.kwargs,
                 mutable=["batch_stats"],
                 rngs={"dropout": key},
             )
@@ -160,10 +167,7 @@ class FisherPotential:
             return self._loss(outputs, labels) * batch
 
         gradients = jax.grad(summed_loss)([jnp.ones(shape) for shape in self._gates.values()])
-        return [_scaled_mean_square(g) for g in gradients]
-
-    def _static_kwargs(self) -> dict[str, Any]:
-        return {k: v for k, v in self.example.kwargs.items() if not hasattr(v, "dtype")}
+        return {p: _scaled_mean_square(g) for p, g in zip(self._gates, gradients, strict=True)}
 
     def __call__(
         self,
@@ -184,10 +188,11 @@ class FisherPotential:
             The score, summed in float64.
         """
         key = jax.random.key(0) if key is None else key
-        energies = self._energies(variables, ((images,), {}), labels, key)
+        energies = jax.device_get(self._energies(variables, images, labels, key))
         batch = labels.shape[0]
         channels = {}
-        for block, (scale, energy) in zip(self.probes, jax.device_get(energies), strict=True):
+        for block, probe in self.probes.items():
+            scale, energy = energies[probe]
             mean_square = np.asarray(energy, np.float64) * float(scale) ** 2
             channels[path_text(block)] = 0.5 * mean_square / batch**2
         blocks = {block: float(values.sum()) for block, values in channels.items()}

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from nnopt.core import Example, rewrite, sites
 from nnopt.core.example import rngs
 from nnopt.data import Dataset, load, minibatch
-from nnopt.errors import BudgetError, UnknownNetworkError
+from nnopt.errors import BudgetError, ChoiceError, SearchError, UnknownNetworkError
 from nnopt.networks import named
 from nnopt.rewrites import CODE_CHOICES, PAPER_CHOICES, Choice
 from nnopt.scores.fisher import FisherPotential
@@ -58,14 +58,25 @@ class BlockSwap:
     recipe: Recipe = QUICK
 
     def __post_init__(self) -> None:
-        """Checks what can be checked without data."""
+        """Checks what can be checked without data.
+
+        Raises:
+            BudgetError: a number that no search can be run with.
+            ChoiceError: there are no such block choices.
+        """
         if self.samples < 1 or self.score_batch < 2:
-            raise BudgetError(
+            raise SearchError(
                 f"a search needs at least 1 sample and a scoring batch of 2, got {self.samples} and {self.score_batch}"
             )
         if not 0 < self.tolerance < 1:
             raise BudgetError(
                 f"the tolerance is a fraction of the budget between 0 and 1, got {self.tolerance}; the paper takes 0.025"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise BudgetError(f"the seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
+        if self.choices not in ("code", "paper"):
+            raise ChoiceError(
+                f"the block choices are called 'code' or 'paper', not {self.choices!r}"
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ folder/
   result.json       everything found, and everything needed to find it again; written last
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -15,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -28,13 +30,14 @@ from nnopt.core.example import rngs
 from nnopt.core.paths import path_text
 from nnopt.core.record import write_text
 from nnopt.costs import macs, parameters
-from nnopt.errors import CheckpointError, ResultFolderError
+from nnopt.errors import BudgetError, CheckpointError, ResultFolderError
 from nnopt.rewrites import save_genotype
 from nnopt.search.blockswap import BlockSwap, Problem, best, score_all
 from nnopt.search.store import ScoredCandidate, ScoreStore
 from nnopt.training import EpochRow, Trainer, checkpoint_info, load_checkpoint, save_checkpoint
 
 FORMAT = "nnopt blockswap result"
+VERSION = 1
 LATENCY_BATCHES = (1, 32)
 
 
@@ -92,9 +95,14 @@ def run(
         workers: candidates in flight at a time, which changes no result; one for each core by default.
 
     Raises:
-        ResultFolderError: the folder cannot be written, or belongs to another search.
+        ResultFolderError: the folder cannot be written, belongs to another search, or holds damaged files.
+        CheckpointError: the checkpoint of a training that was killed is damaged.
+        BudgetError: fewer than one worker.
         NnoptError: see `Problem`.
     """
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    if workers < 1:
+        raise BudgetError(f"a search needs at least 1 worker, got {workers}")
     watcher = watcher or _Nobody()
     problem = Problem(
         spec, data_dir
@@ -110,24 +118,26 @@ def run(
             watcher.advance(f"best {best([*known, row]).score:.3g}")
             known.append(row)
 
-        rows = score_all(problem, tuple(known), on_scored, workers=workers or os.cpu_count() or 1)
+        rows = score_all(problem, tuple(known), on_scored, workers=workers)
     finally:
         store.close()
-    finished = _read_json(place / "result.json")
+    finished = _read_result(place)
     if finished is not None:
         return SearchResult(place, finished, rows)
 
     winner = best(rows)
     net = problem.build(winner.index)
     save = place / "winner"
-    save.mkdir(exist_ok=True)
-    save_record(net, save / "network.json")
-    save_genotype(problem.choices(winner.index), save / "genotype.csv", winner.score)
+    with writing_to(place):
+        save.mkdir(exist_ok=True)
+        save_record(net, save / "network.json")
+        save_genotype(problem.choices(winner.index), save / "genotype.csv", winner.score)
     variables, history = _train(problem, net, place / "training", watcher)
     save_checkpoint(save / "checkpoint", net, variables)
     latency = _latency(problem, net, variables, watcher)
     summary = _summary(problem, net, winner, rows, history, latency)
-    write_text(place / "result.json", json.dumps(summary, indent=1) + "\n")
+    with writing_to(place):
+        write_text(place / "result.json", json.dumps(summary, indent=1) + "\n")
     return SearchResult(place, summary, rows)
 
 
@@ -135,11 +145,11 @@ def load_result(folder: str | os.PathLike[str]) -> SearchResult:
     """Reads a finished search.
 
     Raises:
-        ResultFolderError: the folder holds none.
+        ResultFolderError: the folder holds none, or a damaged one.
     """
     place = pathlib.Path(folder)
-    summary = _read_json(place / "result.json")
-    if summary is None or summary.get("format") != FORMAT:
+    summary = _read_result(place)
+    if summary is None:
         raise ResultFolderError(
             f"{place} holds no finished search (no result.json of nnopt); run `nnopt search --out {place}`"
         )
@@ -152,20 +162,17 @@ def load_result(folder: str | os.PathLike[str]) -> SearchResult:
 
 def _open_folder(folder: pathlib.Path, spec: BlockSwap) -> pathlib.Path:
     marker = folder / "search.json"
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        found = _read_json(marker)
+        found = _read_json(marker, "remove the folder or give another with --out")
         if found is None:
-            if any(folder.iterdir()):
+            # What was half-written when a process was killed is nobody's.
+            if any(not p.name.endswith(".partial") for p in folder.iterdir()):
                 raise ResultFolderError(
                     f"{folder} is not empty and holds no search; give a new folder with --out"
                 )
             write_text(marker, json.dumps(spec.to_json(), indent=1) + "\n")
             found = spec.to_json()
-    except OSError as e:
-        raise ResultFolderError(
-            f"cannot write to the result folder {folder}: {e.strerror or e}; give another with --out"
-        ) from e
     wanted = json.loads(json.dumps(spec.to_json()))
     found = json.loads(json.dumps(found))
     if found != wanted:
@@ -179,7 +186,38 @@ def _open_folder(folder: pathlib.Path, spec: BlockSwap) -> pathlib.Path:
     return folder
 
 
-def _read_json(path: pathlib.Path) -> Any:
+@contextlib.contextmanager
+def writing_to(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what the file system refuses into a `ResultFolderError`."""
+    try:
+        yield
+    except OSError as e:
+        raise ResultFolderError(
+            f"cannot write to the result folder {folder}: {e.strerror or e}; give another with --out"
+        ) from e
+
+
+def _read_result(place: pathlib.Path) -> dict[str, Any] | None:
+    """The content of `result.json`, or None where there is no such file.
+
+    Raises:
+        ResultFolderError: it is not what `run` wrote.
+    """
+    path = place / "result.json"
+    remedy = "remove it, and the same search writes it again"
+    summary = _read_json(path, remedy)
+    if summary is None:
+        return None
+    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        raise ResultFolderError(f'{path} does not have "format": "{FORMAT}"; {remedy}')
+    if summary.get("version") != VERSION:
+        raise ResultFolderError(
+            f"{path} is of version {summary.get('version')!r}, this nnopt reads {VERSION}; {remedy}"
+        )
+    return summary
+
+
+def _read_json(path: pathlib.Path, remedy: str) -> Any:
     """The content of a JSON file, or None where there is no file.
 
     Raises:
@@ -190,9 +228,7 @@ def _read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        raise ResultFolderError(
-            f"cannot read {path}: {e}; remove the folder or give another with --out"
-        ) from e
+        raise ResultFolderError(f"cannot read {path}: {e}; {remedy}") from e
 
 
 def _train(
@@ -207,9 +243,11 @@ def _train(
     try:
         state = load_checkpoint(folder, net, state)
         history = [EpochRow(**row) for row in checkpoint_info(folder).extra["history"]]
-    except CheckpointError:
-        if folder.exists():  # damaged; where there is none yet, training starts from the beginning
-            raise
+    except (CheckpointError, KeyError, TypeError) as e:
+        if folder.exists():  # where there is none yet, training starts from the beginning
+            raise CheckpointError(
+                f"cannot go on from {folder}: {e}; remove that folder to train the winner again"
+            ) from e
     watcher.phase("training the winner", epochs, len(history))
     while trainer.epoch(state) < epochs:
         state, row = trainer.run_epoch(state)
@@ -254,7 +292,7 @@ def _summary(
     drawn = problem.draw(winner.index)
     return {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         "search": spec.to_json(),
         "space": {
             "positions": [path_text(p) for p in space.paths],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ class ScoredCandidate:
 class ScoreStore:
     """The scored candidates of one search, in a file that survives being killed at any moment.
 
-    A row is committed when its candidate is done, so a killed search loses at most the candidate in flight.
+    A row is committed as soon as it is added, so a killed search loses at most the candidates in flight.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -48,7 +49,7 @@ class ScoreStore:
             with self._connection:
                 self._connection.execute(
                     "CREATE TABLE IF NOT EXISTS scores (candidate INTEGER PRIMARY KEY, names TEXT NOT NULL, "
-                    "parameters INTEGER NOT NULL, score REAL NOT NULL, blocks TEXT NOT NULL, seconds REAL NOT NULL)"
+                    "parameters INTEGER NOT NULL, score REAL, blocks TEXT NOT NULL, seconds REAL NOT NULL)"
                 )
         except sqlite3.Error as e:
             raise ResultFolderError(
@@ -76,18 +77,26 @@ class ScoreStore:
             ) from e
 
     def __iter__(self) -> Iterator[ScoredCandidate]:
-        """All rows, by candidate number."""
-        for index, names, parameters, score, blocks, seconds in self._connection.execute(
-            "SELECT * FROM scores ORDER BY candidate"
-        ):
-            yield ScoredCandidate(
-                index,
-                tuple(json.loads(names)),
-                parameters,
-                score,
-                tuple(json.loads(blocks)),
-                seconds,
-            )
+        """All rows, by candidate number.
+
+        Raises:
+            ResultFolderError: the file is damaged.
+        """
+        query = "SELECT candidate, names, parameters, score, blocks, seconds FROM scores ORDER BY 1"
+        try:
+            for index, names, parameters, score, blocks, seconds in self._connection.execute(query):
+                yield ScoredCandidate(
+                    index,
+                    tuple(json.loads(names)),
+                    parameters,
+                    math.nan if score is None else score,  # SQLite knows no NaN
+                    tuple(json.loads(blocks)),
+                    seconds,
+                )
+        except (sqlite3.Error, ValueError, TypeError) as e:
+            raise ResultFolderError(
+                f"the scores in {self._path} are damaged: {e}; remove the file to score all candidates again"
+            ) from e
 
     def close(self) -> None:
         """Closes the file."""

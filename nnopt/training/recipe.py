@@ -12,7 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from nnopt.data import Augmentation
-from nnopt.errors import DataError
+from nnopt.errors import RecipeError
 
 Schedule = Literal["cosine", "multistep", "constant"]
 
@@ -42,7 +42,7 @@ class Recipe:
         augmentation: of the training images. Flips are left out for data sets with `flip_ok=False`.
 
     Raises:
-        DataError: a value that no training can be run with.
+        RecipeError: a value that no training can be run with.
 
     Example:
         >>> recipe = Recipe(epochs=2, batch=32)
@@ -67,7 +67,7 @@ class Recipe:
     def __post_init__(self) -> None:
         def check(holds: bool, field: str, wanted: str) -> None:
             if not holds:
-                raise DataError(f"Recipe: {field}={getattr(self, field)!r}; give {wanted}")
+                raise RecipeError(f"Recipe: {field}={getattr(self, field)!r}; give {wanted}")
 
         for field, least in (("epochs", 1), ("batch", 1), ("warmup_steps", 0)):
             value = getattr(self, field)
@@ -97,11 +97,11 @@ class Recipe:
             A function of the step's number.
 
         Raises:
-            DataError: the warm-up is as long as the training.
+            RecipeError: the warm-up is as long as the training.
         """
         total_steps, warmup = self.epochs * steps_per_epoch, self.warmup_steps
         if warmup >= total_steps:
-            raise DataError(
+            raise RecipeError(
                 f"Recipe: warmup_steps={warmup} leaves nothing of {total_steps} steps; give fewer"
             )
         # Written out rather than taken from optax, whose schedules rely on implicit promotion.
@@ -138,7 +138,7 @@ class Recipe:
             An optax transformation of the parameters' gradients.
 
         Raises:
-            DataError: the warm-up is as long as the training.
+            RecipeError: the warm-up is as long as the training.
         """
         sgd = optax.sgd(
             self.learning_rate_schedule(steps_per_epoch),
@@ -159,7 +159,7 @@ class Recipe:
         """The recipe that `to_json` gave; fields that are absent have their defaults.
 
         Raises:
-            DataError: an unknown field, a missing one, or a value of the wrong type.
+            RecipeError: an unknown field, a missing one, or a value of the wrong type.
         """
         try:
             values = dict(record)
@@ -169,7 +169,7 @@ class Recipe:
                 values["augmentation"] = Augmentation(**values["augmentation"])
             return cls(**values)
         except TypeError as error:
-            raise DataError(
+            raise RecipeError(
                 f"no training recipe: {error}; give the fields of Recipe.to_json()"
             ) from None
 
