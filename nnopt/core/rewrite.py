@@ -118,8 +118,7 @@ def rewrite(net: nn.Module, *rules: Rewrite, example: Any) -> nn.Module:
     Args:
         net: any linen module, rewritten before or not.
         *rules: rewrites, applied in this order; each sees the sites that the ones before it left.
-        example: an array of the network's input shape, an `Example`, or the `sites` of this very network, which saves tracing
-            it again.
+        example: an array of the network's input shape, or an `Example`.
 
     Returns:
         The rewritten network, or `net` itself if no rule edits anything.
@@ -129,8 +128,23 @@ def rewrite(net: nn.Module, *rules: Rewrite, example: Any) -> nn.Module:
         RewriteError: an edit is never reached, the network fails with it, or its outputs change shape or dtype.
         UnsupportedNetworkError: see `sites`.
     """
-    before = example if isinstance(example, Sites) and example.net is net else sites(net, example)
-    example = before.example
+    return rewrite_traced(sites(net, example), *rules)
+
+
+def rewrite_traced(before: Sites, *rules: Rewrite) -> nn.Module:
+    """`rewrite` for a network that has been traced already.
+
+    Args:
+        before: all sites of the network, not a selection of them.
+        *rules: as for `rewrite`.
+
+    Returns:
+        The rewritten network, or the traced one if no rule edits anything.
+
+    Raises:
+        SelectionError, RewriteError, UnsupportedNetworkError: as `rewrite`.
+    """
+    net, example = before.net, before.example
     for rule in rules:
         edits = dict(rule(before))
         if not edits:

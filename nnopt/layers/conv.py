@@ -1,9 +1,9 @@
 """Convolution with a lowering that suits the platform.
 
-XLA's CPU backend runs a grouped convolution written with `feature_group_count` slower than a dense one of the same channels, and its
-weight gradient tens of times slower (`scripts/bench/grouped_conv.py` measures both). Spreading the kernel over a block-diagonal
-dense one is exact and costs what a dense convolution does, which makes training on a CPU possible. Other platforms keep the native
-form.
+XLA's CPU backend runs a grouped convolution written with `feature_group_count` slower than a dense one of the same
+channels, and its weight gradient tens of times slower (`scripts/bench/grouped_conv.py` measures both). Spreading the
+kernel over a block-diagonal dense one is exact and costs what a dense convolution does, which makes training on a CPU
+possible. Other platforms keep the native form.
 """
 
 from collections.abc import Sequence

@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnopt.core import At, Dataflow, Example, ResidualBlocks, Selector, rewrite, select, sites
+from nnopt.core import At, Dataflow, Example, ResidualBlocks, Selector, select, sites
 from nnopt.core.paths import path_text
+from nnopt.core.rewrite import rewrite_traced
 from nnopt.core.sites import Sites
 from nnopt.errors import SelectionError, UnsupportedNetworkError
 from nnopt.layers import GATES, AddGate
@@ -140,7 +141,7 @@ class FisherPotential:
         found = sites(net, self.example)
         self.probes = block_probes(found, where)
         at = At(tuple(path_text(p) for p in self.probes.values()))
-        self._net = rewrite(net, AddGate(at), example=found)
+        self._net = rewrite_traced(found, AddGate(at))
         self._gates = {
             probe: (found[probe].outputs.shape[0], found[probe].outputs.shape[-1])
             for probe in self.probes.values()

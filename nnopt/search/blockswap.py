@@ -16,8 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nnopt.core import Example, rewrite, sites
+from nnopt.core import Example, sites
 from nnopt.core.example import rngs
+from nnopt.core.rewrite import rewrite_traced
 from nnopt.data import Dataset, load, minibatch
 from nnopt.errors import BudgetError, ChoiceError, SearchError, UnknownNetworkError
 from nnopt.networks import named
@@ -61,7 +62,8 @@ class BlockSwap:
         """Checks what can be checked without data.
 
         Raises:
-            BudgetError: a number that no search can be run with.
+            SearchError: too few samples, a scoring batch of one, or a seed out of range.
+            BudgetError: the tolerance is no fraction.
             ChoiceError: there are no such block choices.
         """
         if self.samples < 1 or self.score_batch < 2:
@@ -73,7 +75,7 @@ class BlockSwap:
                 f"the tolerance is a fraction of the budget between 0 and 1, got {self.tolerance}; the paper takes 0.025"
             )
         if not 0 <= self.seed < 2**32:
-            raise BudgetError(f"the seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
+            raise SearchError(f"the seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
         if self.choices not in ("code", "paper"):
             raise ChoiceError(
                 f"the block choices are called 'code' or 'paper', not {self.choices!r}"
@@ -142,7 +144,7 @@ class Problem:
     def build(self, index: int) -> nn.Module:
         """Candidate number `index` as a network."""
         rule = self.space.genotype(self.draw(index))
-        return rewrite(self.base, rule, example=self._sites)
+        return rewrite_traced(self._sites, rule)
 
     def init(self, net: nn.Module) -> Any:
         """Fresh variables; the same unit at the same position has the same weights in every candidate."""

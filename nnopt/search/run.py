@@ -30,7 +30,7 @@ from nnopt.core.example import rngs
 from nnopt.core.paths import path_text
 from nnopt.core.record import write_text
 from nnopt.costs import macs, parameters
-from nnopt.errors import BudgetError, CheckpointError, ResultFolderError
+from nnopt.errors import CheckpointError, ResultFolderError, SearchError
 from nnopt.rewrites import save_genotype
 from nnopt.search.blockswap import BlockSwap, Problem, best, score_all
 from nnopt.search.store import ScoredCandidate, ScoreStore
@@ -97,12 +97,12 @@ def run(
     Raises:
         ResultFolderError: the folder cannot be written, belongs to another search, or holds damaged files.
         CheckpointError: the checkpoint of a training that was killed is damaged.
-        BudgetError: fewer than one worker.
+        SearchError: fewer than one worker.
         NnoptError: see `Problem`.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
-        raise BudgetError(f"a search needs at least 1 worker, got {workers}")
+        raise SearchError(f"a search needs at least 1 worker, got {workers}")
     watcher = watcher or _Nobody()
     problem = Problem(
         spec, data_dir
