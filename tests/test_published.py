@@ -88,7 +88,9 @@ def test_parameters_of_the_published_genotypes(name, genotype_of):
     ("name", "error", "count"), [("bs400k_1", 5.31, 459_930), ("bs800k_1", 4.62, 837_034)]
 )
 def test_published_students_err_as_published(name, error, count, data_dir):
-    net, variables = load_published(data_dir / "blockswap" / "weights" / f"{name}.npz")
+    net, variables = load_published(
+        data_dir / "blockswap" / "weights" / f"{name}.npz", WideResNet(40, 2.0)
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
     data = cifar10(data_dir)
     images, labels = data.test_images[:1017], data.test_labels[:1017]
@@ -187,7 +189,7 @@ def with_array(name, array):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("fc.bias"), "lacks array 'fc.bias', which WRN-16-1"),
+        (without("fc.bias"), "lacks array 'fc.bias', which WideResNet"),
         (without("__convs__"), "no list of block choices"),
         (with_array("fc.scale", np.zeros(3)), "has array 'fc.scale'.*no place"),
         (with_array("fc.bias", np.zeros((1, 10), np.float32)), r"'fc.bias' is float32\[1, 10\]"),
@@ -195,9 +197,9 @@ def with_array(name, array):
         (with_array("conv1.weight", np.zeros((3, 3, 3, 16), np.float32)), "'conv1.weight'"),
         (with_array("__convs__", np.array(["S", "T"])), "unknown block choice 'T'"),
         (with_array("__convs__", np.array(["S"] * 4)), "2 blocks|do not hold|4 choices"),
-        (with_array("__convs__", np.array(["S"] * 9)), "genotype does not fit WRN-16-1"),
+        (with_array("__convs__", np.array(["S"] * 9)), "genotype does not fit WideResNet"),
         (with_array("__convs__", np.array(["S"] * 6)), "array"),
-        (with_array("__convs__", np.array([], "U4")), "genotype does not fit WRN-16-1"),
+        (with_array("__convs__", np.array([], "U4")), "genotype does not fit WideResNet"),
         (with_array("__convs__", np.array([{}], object)), "allow_pickle"),
     ],
 )

@@ -8,7 +8,7 @@ Example:
     >>> import flax.linen as nn, jax.numpy as jnp
     >>> all_sites = sites(WideResNet(10, 1.0), jnp.zeros((1, 32, 32, 3)))
     >>> [s.path[-1] for s in (Of(nn.Conv) & Under("stage2_block0"))(all_sites)]
-    ['shortcut', 'conv1', 'conv2']
+    ['conv1', 'conv2', 'shortcut']
     >>> len(select(all_sites, "stage*/conv1"))
     3
 """

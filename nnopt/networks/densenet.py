@@ -52,7 +52,7 @@ class Transition(nn.Module):
         """Maps `[batch, height, width, in]` to `[batch, height/2, width/2, features]`."""
         x = nn.relu(batch_norm(use_running_average=not train, name="norm1")(x))
         x = conv1x1(self.features, name="conv1")(x)
-        return nn.avg_pool(x, (2, 2), strides=(2, 2))
+        return nn.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4
 
 
 class DenseNet(nn.Module):

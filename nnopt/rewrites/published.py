@@ -20,7 +20,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from nnopt.core import Example, rewrite
 from nnopt.core.example import rngs
 from nnopt.errors import CheckpointError, ChoiceError, GenotypeError, RewriteError
-from nnopt.networks import WideResNet
 from nnopt.rewrites.block import Genotype
 from nnopt.rewrites.choice import Choice, choice
 from nnopt.typing import Path
@@ -92,7 +91,7 @@ def as_trained(choices: Sequence[Choice], blocks_per_stage: Sequence[int]) -> tu
 
 
 def load_published(
-    path: str | os.PathLike[str], net: WideResNet | None = None
+    path: str | os.PathLike[str], net: nn.Module
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A published student: the rewritten network as it was trained, and its trained variables.
 
@@ -100,7 +99,7 @@ def load_published(
 
     Args:
         path: archive of arrays named as in PyTorch, convolution kernels `[out, in // groups, height, width]`.
-        net: the skeleton; WRN-40-2 for 10 classes by default.
+        net: the skeleton, `nnopt.networks.WideResNet(40, 2.0)` for those that BlockSwap published.
 
     Returns:
         The network and its variables: each array of the archive once, kernels `[height, width, in // groups, out]`.
@@ -110,31 +109,26 @@ def load_published(
             missing, superfluous or of another shape than the network's.
 
     Example:
-        `net, variables = load_published("bs400k_1.npz")`, then `net.apply(variables, images)`.
+        `net, variables = load_published("bs400k_1.npz", WideResNet(40, 2.0))`, then `net.apply(variables, images)`.
     """
-    net = WideResNet(40, 2.0) if net is None else net
     arrays = _read(path)
     choices = _choices(path, arrays.pop(_GENOTYPE, None))
     try:
         operators = as_trained(choices, (len(choices) // _STAGES,) * _STAGES)
         student = rewrite(net, Genotype(choices, operators=operators), example=jnp.zeros(_IMAGE))
     except (GenotypeError, ChoiceError, RewriteError) as e:
-        raise CheckpointError(f"{path}: the genotype does not fit {_title(net)}: {e}") from e
+        raise CheckpointError(f"{path}: the genotype does not fit {type(net).__name__}: {e}") from e
     specs = flatten_dict(
         Example(jnp.zeros(_IMAGE)).abstractly(
             lambda key, x: student.init(rngs(key), x), jax.random.key(0)
         )
     )
     names = {key: _torch_name(key, choices) for key in specs}
-    _check_names(path, _title(net), set(names.values()), set(arrays))
+    _check_names(path, type(net).__name__, set(names.values()), set(arrays))
     variables = {
         key: _converted(path, names[key], arrays[names[key]], key, specs[key]) for key in specs
     }
     return student, unflatten_dict(variables)
-
-
-def _title(net: WideResNet) -> str:
-    return f"WRN-{net.depth}-{net.width:g}"
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
