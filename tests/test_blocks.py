@@ -351,13 +351,12 @@ BLOCKS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_residual_blocks_are_found(name):
     size = 64 if name.endswith("-imagenet") else 32
-    with jax.numpy_dtype_promotion("standard"):
-        found = sites(named(name), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
-        if name not in BLOCKS:
-            with pytest.raises(SelectionError, match="name the blocks to replace by their paths"):
-                select(found, ResidualBlocks())
-            return
-        blocks = select(found, ResidualBlocks())
+    found = sites(named(name), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    if name not in BLOCKS:
+        with pytest.raises(SelectionError, match="name the blocks to replace by their paths"):
+            select(found, ResidualBlocks())
+        return
+    blocks = select(found, ResidualBlocks())
     assert len(blocks) == BLOCKS[name]
     assert len({type(b.module) for b in blocks}) == 1
     names = {type(b.module).__name__ for b in blocks}

@@ -11,6 +11,7 @@ from nnopt import networks
 from nnopt.core import Example, rewrite, sites
 from nnopt.core.paths import as_path, path_text
 from nnopt.errors import SelectionError, UnsupportedNetworkError
+from nnopt.layers import AddGate, AddTap
 from nnopt.rewrites import CODE_CHOICES, PAPER_CHOICES, Genotype, choice
 from nnopt.scores.fisher import (
     FisherPotential,
@@ -327,6 +328,13 @@ def test_blocks_can_be_selected(variables, images, labels):
     one = fisher_potential(Tiny(), variables[True], images, labels, where="block1")
     assert list(one.blocks) == ["block1"]
     np.testing.assert_allclose(one.total, every.blocks["block1"], rtol=1e-5)
+
+
+def test_probes_that_are_tapped_already(variables, images, labels):
+    tapped = rewrite(Tiny(), AddTap("block0/last"), AddGate("block1/last"), example=images)
+    score = fisher_potential(tapped, variables[True], images, labels)
+    expected = fisher_potential(Tiny(), variables[True], images, labels)
+    assert score.blocks == expected.blocks
 
 
 class Nested(nn.Module):

@@ -40,16 +40,20 @@ class Then(nn.Module):
 
     def setup(self) -> None:
         """Takes over the scope of `module`."""
-        inside, depth = self.module, 1
-        while isinstance(inside, Then):
-            inside, depth = inside.module, depth + 1
-        if depth > 1:
-            rename_child(self, self.after, f"after{depth}")
+        rename_child(self, self.after, after_name(self.module))
         share_scope(self, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments of `module` -> result of `after`."""
         return self.after(self.module(*args, **kwargs))
+
+
+def after_name(module: nn.Module) -> str:
+    """The name below which `Then(module, ...)` keeps the variables of what it runs after: `after`, `after2`, ..."""
+    depth = 1
+    while isinstance(module, Then):
+        module, depth = module.module, depth + 1
+    return "after" if depth == 1 else f"after{depth}"
 
 
 class Tap(nn.Module):

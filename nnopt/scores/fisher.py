@@ -25,6 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from nnopt.core import At, Dataflow, Example, ResidualBlocks, Selector, select, sites
 from nnopt.core.paths import path_text
@@ -32,6 +33,7 @@ from nnopt.core.rewrite import rewrite_traced
 from nnopt.core.sites import Sites
 from nnopt.errors import SelectionError, UnsupportedNetworkError
 from nnopt.layers import GATES, AddGate
+from nnopt.layers.combinators import after_name
 from nnopt.typing import Path, Variables
 
 
@@ -47,7 +49,7 @@ class FisherScore:
 
     total: float
     blocks: dict[str, float]
-    channels: dict[str, np.ndarray] = dataclasses.field(repr=False)
+    channels: dict[str, np.ndarray] = dataclasses.field(repr=False, compare=False)
 
 
 def mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -142,10 +144,13 @@ class FisherPotential:
         self.probes = block_probes(found, where)
         at = At(tuple(path_text(p) for p in self.probes.values()))
         self._net = rewrite_traced(found, AddGate(at))
-        self._gates = {
-            probe: (found[probe].outputs.shape[0], found[probe].outputs.shape[-1])
-            for probe in self.probes.values()
+        probes = dict.fromkeys(self.probes.values())  # each once
+        self._gates = {  # where the gate of each probe lies in its collection
+            probe: (*probe, after_name(found[probe].module), "gate") for probe in probes
         }
+        self._shapes = [  # [batch, channels]
+            (found[probe].outputs.shape[0], found[probe].outputs.shape[-1]) for probe in probes
+        ]
         self._loss = loss
         self._energies = jax.jit(self._energy_of_gates, compiler_options=compiler_options)
 
@@ -156,8 +161,9 @@ class FisherPotential:
         batch = labels.shape[0]
 
         def summed_loss(gates: list[jax.Array]) -> jax.Array:
+            collection = unflatten_dict(dict(zip(self._gates.values(), gates, strict=True)))
             outputs, _ = self._net.apply(
-                {**variables, GATES: _nested(dict(zip(self._gates, gates, strict=True)))},
+                {**variables, GATES: collection},
                 images,
                 *self.example.args[1:],
                 **self.example.kwargs,
@@ -167,7 +173,7 @@ class FisherPotential:
             # The sum instead of the mean keeps gradients of order one; squares of 1e-20 would vanish in float32.
             return self._loss(outputs, labels) * batch
 
-        gradients = jax.grad(summed_loss)([jnp.ones(shape) for shape in self._gates.values()])
+        gradients = jax.grad(summed_loss)([jnp.ones(shape) for shape in self._shapes])
         return {p: _scaled_mean_square(g) for p, g in zip(self._gates, gradients, strict=True)}
 
     def __call__(
@@ -236,14 +242,3 @@ def _scaled_mean_square(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = jnp.max(jnp.abs(gradient))
     safe = jnp.where(scale > 0, scale, 1.0)
     return scale, jnp.mean((gradient / safe) ** 2, axis=0)
-
-
-def _nested(gates: Mapping[Path, jax.Array]) -> dict[str, Any]:
-    """The `gates` collection: each gate lies in the `Gate` that stands behind its probe."""
-    tree: dict[str, Any] = {}
-    for path, gate in gates.items():
-        node = tree
-        for name in (*path, "after"):
-            node = node.setdefault(name, {})
-        node["gate"] = gate
-    return tree
