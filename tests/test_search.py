@@ -15,7 +15,9 @@ import sys
 import threading
 
 import chex
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,13 +47,26 @@ SPEC = BlockSwap("wrn-10-1", "digits", 40_000, 0.4, samples=4, seed=3, score_bat
 MANY = BlockSwap("wrn-10-1", "digits", 40_000, 0.2, samples=1000, seed=5)
 
 
+def quick_init(net, rngs, image):
+    """Weights that the key decides, without JAX's initialisation, which compiles for seconds."""
+    specs = jax.eval_shape(net.init, rngs, image)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(rngs["params"])))
+
+    def fill(path, spec):
+        size = 0.1 if path[-1].key in ("kernel", "bias") else 0.0
+        return jnp.asarray(rng.normal(size == 0.0, size, spec.shape), spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, specs)
+
+
 def shrink(setattr_):
     """Small images and few choices, so that a whole search takes seconds; the rest is as ever."""
     digits = data.load("digits").subset(96, 50)
     small = {f"{s}_images": getattr(digits, f"{s}_images")[:, ::4, ::4] for s in ("train", "test")}
     digits = dataclasses.replace(digits, **small)
-    setattr_(blockswap, "load", lambda name, data_dir: digits)
+    setattr_(blockswap, "load", lambda name, data_dir, validation: digits)
     setattr_(blockswap, "CODE_CHOICES", tuple(map(choice, ("S", "G(4)", "B(2)", "G(N)"))))
+    setattr_(nn.Module, "lazy_init", quick_init)
     setattr_(run_module, "LATENCY_BATCHES", (1,))
     setattr_(run_module, "measure", functools.partial(run_module.measure, repeats=3))
 
@@ -372,8 +387,10 @@ def searches(tmp_path_factory):
     """Folders: a search that ran through, the same one killed twice, and the latter as it was after each kill."""
     base = tmp_path_factory.mktemp("searches")
     killed = base / "killed"
-    first = child("t.killed_in_scoring()", killed)
-    with pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        child("t.killed_in_scoring()", killed) as first,
+    ):
         shrink(patch.setattr)
         watching = Watching()
         through = run(SPEC, base / "through", workers=2, watcher=watching)

@@ -34,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> None:
         prog="nnopt",
         description=_DESCRIPTION,
         args=args,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     try:
         command.run()

@@ -1,7 +1,9 @@
 """`nnopt search`: a BlockSwap search from network to report."""
 
 import dataclasses
+import os
 import pathlib
+import time
 from typing import Annotated, Literal
 
 import tyro
@@ -17,6 +19,8 @@ from rich.progress import (
 )
 
 from nnopt.search.budget import parse_budget
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,10 @@ class SearchCommand:
     """Data set: digits (embedded), cifar10 or cifar100."""
     data_dir: str | None = None
     """Folder of the data set's files; NNOPT_DATA by default."""
+    download: bool = False
+    """Fetch CIFAR into that folder first, if it is not there."""
+    validation: bool = False
+    """Test on the last 10,000 training images of CIFAR, held out, instead of its test set."""
     samples: int = 1000
     """Candidates to score."""
     seed: int = 0
@@ -48,7 +56,7 @@ class SearchCommand:
     score_batch: int = 32
     """Images in the minibatch that scores. Scores compare only at equal batch."""
     epochs: int | None = None
-    """Epochs to train the winner for; a short training by default."""
+    """Epochs to train the winner for; by default a short training, 8 on digits and 20 on CIFAR."""
     workers: int | None = None
     """Candidates in flight at a time, which changes no result; one for each core by default."""
     out: Annotated[pathlib.Path, tyro.conf.arg(metavar="FOLDER")] = pathlib.Path("results/search")
@@ -60,12 +68,15 @@ class SearchCommand:
         from nnopt.reports.blockswap import block_table, summary_table, write_report
         from nnopt.search.blockswap import BlockSwap
         from nnopt.search.run import run
-        from nnopt.training import QUICK
+        from nnopt.training import BLOCKSWAP, QUICK
 
-        recipe = QUICK if self.epochs is None else dataclasses.replace(QUICK, epochs=self.epochs)
+        recipe = QUICK if self.data == "digits" else dataclasses.replace(BLOCKSWAP, epochs=20)
+        if self.epochs is not None:
+            recipe = dataclasses.replace(recipe, epochs=self.epochs)
         spec = BlockSwap(
             network=self.network,
             data=self.data,
+            validation=self.validation,
             budget=parse_budget(self.budget),
             tolerance=self.tolerance,
             samples=self.samples,
@@ -74,6 +85,8 @@ class SearchCommand:
             score_batch=self.score_batch,
             recipe=recipe,
         )
+        if self.download:
+            _download(self.data, self.data_dir)
         console = Console()
         with _Bars(console) as bars:
             result = run(spec, self.out, data_dir=self.data_dir, watcher=bars, workers=self.workers)
@@ -83,8 +96,20 @@ class SearchCommand:
         console.print(f"Report: {page}", soft_wrap=True)
 
 
+def _download(data: str, folder: str | None) -> None:
+    from nnopt.data import download_cifar
+    from nnopt.errors import DataError
+
+    folder = folder or os.environ.get("NNOPT_DATA")
+    if not folder:
+        raise DataError(
+            "--download needs a folder to put the data set into: give --data-dir or set NNOPT_DATA"
+        )
+    download_cifar(data.lower().replace("-", ""), folder)
+
+
 class _Bars:
-    """Progress bars with counts and the time left."""
+    """Progress bars with counts and the time left; where there is no terminal, a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -96,8 +121,11 @@ class _Bars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
+            disable=not console.is_terminal,
         )
+        self._console = console
         self._task: TaskID | None = None
+        self._next_line = 0.0
 
     def __enter__(self) -> "_Bars":
         self._progress.start()
@@ -111,8 +139,16 @@ class _Bars:
         self._task = self._progress.add_task(name, total=total, note="")
         # Told by an update, the bar of a phase that was complete before stops its clock.
         self._progress.update(self._task, completed=done)
+        self._next_line = 0.0
 
     def advance(self, note: str = "") -> None:
         """See `nnopt.search.run.Watcher`."""
         assert self._task is not None
         self._progress.update(self._task, advance=1, note=note)
+        task = self._progress.tasks[self._task]
+        now = time.monotonic()
+        if not self._console.is_terminal and (now >= self._next_line or task.finished):
+            left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
+            line = f"{task.description}: {task.completed:.0f}/{task.total:.0f}{left}, {note}"
+            self._console.print(line, soft_wrap=True, highlight=False)
+            self._next_line = now + _SECONDS_BETWEEN_LINES

@@ -45,6 +45,7 @@ class BlockSwap:
         seed: of everything random.
         choices: `code`, the 23 block choices of the released code, or `paper`, the 21 of the paper.
         score_batch: images in the minibatch that scores.
+        validation: test on training images that are held out, see `nnopt.data.load`.
         recipe: how the winner is trained.
     """
 
@@ -56,6 +57,7 @@ class BlockSwap:
     seed: int = 0
     choices: Literal["code", "paper"] = "code"
     score_batch: int = 32
+    validation: bool = False
     recipe: Recipe = QUICK
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class Problem:
             BudgetError: no candidate lies within the budget.
         """
         self.spec = spec
-        self.dataset: Dataset = load(spec.data, data_dir)
+        self.dataset: Dataset = load(spec.data, data_dir, validation=spec.validation)
         self.base = network_named(spec.network, len(self.dataset.classes))
         self.example = Example(jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32))
         choices = CODE_CHOICES if spec.choices == "code" else PAPER_CHOICES

@@ -44,17 +44,21 @@ class ScoreStore:
             ResultFolderError: it cannot be written, or is no file of scores.
         """
         self._path = path
+        connection = None
         try:
-            self._connection = sqlite3.connect(path)
-            with self._connection:
-                self._connection.execute(
+            connection = sqlite3.connect(path)
+            with connection:
+                connection.execute(
                     "CREATE TABLE IF NOT EXISTS scores (candidate INTEGER PRIMARY KEY, names TEXT NOT NULL, "
                     "parameters INTEGER NOT NULL, score REAL, blocks TEXT NOT NULL, seconds REAL NOT NULL)"
                 )
         except sqlite3.Error as e:
+            if connection is not None:
+                connection.close()
             raise ResultFolderError(
                 f"cannot keep scores in {path}: {e}; give a folder that can be written, or remove the file"
             ) from e
+        self._connection = connection
 
     def add(self, row: ScoredCandidate) -> None:
         """Writes one row; writing a candidate again replaces it."""
