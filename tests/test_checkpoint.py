@@ -277,7 +277,7 @@ class Killed(BaseException):
     """What no handler catches, so that nothing is cleaned up."""
 
 
-MOMENTS = ("_write_arrays", "_digests", "write_text", "_rename", "_remove")
+MOMENTS = ("_write_arrays", "_digests", "write_whole", "_rename", "_remove")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from nnopt.core import (
     to_record,
 )
 from nnopt.core.encode import decode, encode
-from nnopt.core.record import write_text
+from nnopt.core.files import write_whole
 from nnopt.errors import RecordError, RewriteError
 from nnopt.networks import named
 from nnopt.rewrites import AddGate, Configure, ReplaceBlock, choice
@@ -253,16 +253,16 @@ def test_lambdas_and_local_classes_are_refused():
 
 def test_writing_is_all_or_nothing(tmp_path):
     path = tmp_path / "text"
-    write_text(path, "old")
+    write_whole(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
+        write_whole(path, "new \ud800")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["text"]
     with pytest.raises(OSError, match="No such file"):
-        write_text(tmp_path / "no" / "text", "new")
+        write_whole(tmp_path / "no" / "text", "new")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
-        write_text(tmp_path / "folder", "new")
+        write_whole(tmp_path / "folder", "new")
     assert sorted(os.listdir(tmp_path)) == ["folder", "text"]
 
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 
 from nnopt.core.encode import decode, encode
 from nnopt.core.example import Example
+from nnopt.core.files import write_whole
 from nnopt.core.fingerprint import fingerprint
 from nnopt.core.paths import path_text
 from nnopt.core.rewrite import Rewrite, base_of, history, rewrite
@@ -88,7 +89,7 @@ def from_record(record: Any) -> nn.Module:
 
 def save_record(net: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a network record; the file is complete or not there at all."""
-    write_text(path, json.dumps(to_record(net), indent=1) + "\n")
+    write_whole(path, json.dumps(to_record(net), indent=1) + "\n")
 
 
 def load_record(path: str | os.PathLike[str]) -> nn.Module:
@@ -113,17 +114,6 @@ def load_record(path: str | os.PathLike[str]) -> nn.Module:
         return from_record(record)
     except RecordError as e:
         raise RecordError(f"{path}: {e}") from e
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes beside the file, then renames: a reader sees the old text or the new, never half."""
-    target = pathlib.Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(text)
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _check_keys(value: Any, keys: set[str], what: str) -> None:

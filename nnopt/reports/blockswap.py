@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import math
-import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nnopt.core.record import write_text
+from nnopt.core.files import write_whole
 from nnopt.rewrites import choice
 from nnopt.search.blockswap import best
 from nnopt.search.run import SearchResult, writing_to
@@ -40,10 +39,10 @@ def write_report(result: SearchResult) -> pathlib.Path:
     }
     page = folder / "report.html"
     with writing_to(folder):
-        write_text(folder / "table.txt", text)
+        write_whole(folder / "table.txt", text)
         for name, data in pictures.items():
-            _write_bytes(folder / name, data)
-        write_text(page, _page(result, pictures))
+            write_whole(folder / name, data)
+        write_whole(page, _page(result, pictures))
     return page
 
 
@@ -201,15 +200,6 @@ def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
-
-
-def _write_bytes(path: pathlib.Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_bytes(data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _html_table(table: Table) -> str:

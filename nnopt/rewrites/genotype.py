@@ -5,7 +5,7 @@ import csv
 import os
 import pathlib
 
-from nnopt.core.record import write_text
+from nnopt.core.files import write_whole
 from nnopt.errors import ChoiceError, GenotypeError
 from nnopt.rewrites.block import Genotype
 from nnopt.rewrites.choice import Choice, choice
@@ -50,4 +50,4 @@ def save_genotype(
         score: its Fisher potential.
     """
     names = ", ".join(f"'{c.genotype_name}'" for c in choices)
-    write_text(path, f'{",".join(_HEADER)}\n0,0,"[{names}]",{score!r}\n')
+    write_whole(path, f'{",".join(_HEADER)}\n0,0,"[{names}]",{score!r}\n')

@@ -27,8 +27,8 @@ import nnopt
 from nnopt.backends import compile_network, measure, speedup
 from nnopt.core import Example, fingerprint, save_record
 from nnopt.core.example import rngs
+from nnopt.core.files import write_whole
 from nnopt.core.paths import path_text
-from nnopt.core.record import write_text
 from nnopt.costs import macs, parameters
 from nnopt.errors import CheckpointError, ResultFolderError, SearchError
 from nnopt.rewrites import save_genotype
@@ -137,7 +137,7 @@ def run(
     latency = _latency(problem, net, variables, watcher)
     summary = _summary(problem, net, winner, rows, history, latency)
     with writing_to(place):
-        write_text(place / "result.json", json.dumps(summary, indent=1) + "\n")
+        write_whole(place / "result.json", json.dumps(summary, indent=1) + "\n")
     return SearchResult(place, summary, rows)
 
 
@@ -171,7 +171,7 @@ def _open_folder(folder: pathlib.Path, spec: BlockSwap) -> pathlib.Path:
                 raise ResultFolderError(
                     f"{folder} is not empty and holds no search; give a new folder with --out"
                 )
-            write_text(marker, json.dumps(spec.to_json(), indent=1) + "\n")
+            write_whole(marker, json.dumps(spec.to_json(), indent=1) + "\n")
             found = spec.to_json()
     wanted = json.loads(json.dumps(spec.to_json()))
     found = json.loads(json.dumps(found))

@@ -28,7 +28,7 @@ import numpy as np
 
 from nnopt.core import fingerprint
 from nnopt.core.example import spec_text
-from nnopt.core.record import write_text
+from nnopt.core.files import write_whole
 from nnopt.errors import CheckpointError
 
 FORMAT = "nnopt checkpoint"
@@ -105,7 +105,7 @@ def save_checkpoint(
         fresh.mkdir(parents=True)
         _write_arrays(fresh / _ARRAYS, arrays)
         record["files"] = _digests(fresh)
-        write_text(fresh / _RECORD, json.dumps(record, indent=1) + "\n")
+        write_whole(fresh / _RECORD, json.dumps(record, indent=1) + "\n")
         if target.exists():
             _rename(target, old)
         _rename(fresh, target)
