@@ -33,8 +33,18 @@ class Bench:
 
     def run(self) -> None:
         """Measures and prints the table."""
-        table = Table(title=f"3x3 grouped convolution, batch {self.batch}, {jax.devices()[0].device_kind}")
-        for name in ("channels", "size", "groups", "pass", "native ms", "nnopt ms", "speed-up (quartiles)"):
+        table = Table(
+            title=f"3x3 grouped convolution, batch {self.batch}, {jax.devices()[0].device_kind}"
+        )
+        for name in (
+            "channels",
+            "size",
+            "groups",
+            "pass",
+            "native ms",
+            "nnopt ms",
+            "speed-up (quartiles)",
+        ):
             table.add_column(name, justify="right")
         for channels, size, groups in SHAPES:
             x = jax.random.normal(jax.random.key(0), (self.batch, size, size, channels))
