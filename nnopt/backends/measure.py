@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SAMPLE_SECONDS = (
-    2e-3  # a sample this long makes the clock's resolution and its own cost negligible
-)
+# A sample this long makes the clock's resolution and its own cost negligible.
+_SAMPLE_SECONDS = 2e-3
 _WARM_UP_SECONDS = 20e-3
 _WARM_UP_CALLS = (3, 1000)  # at least, at most
 _OVERHEAD_FACTOR = 20

@@ -65,17 +65,19 @@ class SearchCommand:
     def run(self) -> None:
         """Runs the search and prints where the report is, and the table."""
         # Imported here so that --help and bad flags answer at once.
+        from nnopt.data import canonical_name
         from nnopt.reports.blockswap import block_table, summary_table, write_report
         from nnopt.search.blockswap import BlockSwap
         from nnopt.search.run import run
         from nnopt.training import BLOCKSWAP, QUICK
 
-        recipe = QUICK if self.data == "digits" else dataclasses.replace(BLOCKSWAP, epochs=20)
+        data = canonical_name(self.data)
+        recipe = QUICK if data == "digits" else dataclasses.replace(BLOCKSWAP, epochs=20)
         if self.epochs is not None:
             recipe = dataclasses.replace(recipe, epochs=self.epochs)
         spec = BlockSwap(
             network=self.network,
-            data=self.data,
+            data=data,
             validation=self.validation,
             budget=parse_budget(self.budget),
             tolerance=self.tolerance,
@@ -86,7 +88,7 @@ class SearchCommand:
             recipe=recipe,
         )
         if self.download:
-            _download(self.data, self.data_dir)
+            _download(data, self.data_dir)
         console = Console()
         with _Bars(console) as bars:
             result = run(spec, self.out, data_dir=self.data_dir, watcher=bars, workers=self.workers)
@@ -105,7 +107,7 @@ def _download(data: str, folder: str | None) -> None:
         raise DataError(
             "--download needs a folder to put the data set into: give --data-dir or set NNOPT_DATA"
         )
-    download_cifar(data.lower().replace("-", ""), folder)
+    download_cifar(data, folder)
 
 
 class _Bars:

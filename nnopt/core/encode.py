@@ -32,9 +32,8 @@ class _Encoder:
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
-        self.modules: list[
-            nn.Module
-        ] = []  # in order of first appearance: a second one is a reference
+        # In order of first appearance: a second one is a reference.
+        self.modules: list[nn.Module] = []
 
     def __call__(self, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | str):

@@ -210,9 +210,8 @@ class Trace:
                     lambda key, *args, **kwargs: net.init_with_output(rngs(key), *args, **kwargs),
                     jax.random.key(0),
                 )
-            except (
-                Exception
-            ) as e:  # foreign code may raise anything; the caller decides what it means
+            except Exception as e:
+                # Foreign code may raise anything; the caller decides what it means.
                 self.error = e
 
     def sites(self) -> Sites:

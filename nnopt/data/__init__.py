@@ -33,6 +33,7 @@ __all__ = [
     "NO_AUGMENTATION",
     "Augmentation",
     "Dataset",
+    "canonical_name",
     "cifar10",
     "cifar100",
     "cutout",
@@ -47,6 +48,18 @@ __all__ = [
 
 NAMES = ("digits", *CIFAR)
 """What `load` knows."""
+
+
+def canonical_name(name: str) -> str:
+    """The name in `NAMES` that another spelling means, such as `CIFAR-10`.
+
+    Raises:
+        DataError: it means none of them.
+    """
+    plain = name.lower().replace("-", "")
+    if plain not in NAMES:
+        raise DataError(f"no data set is called {name!r}; the known ones are {', '.join(NAMES)}")
+    return plain
 
 
 def load(
@@ -74,11 +87,9 @@ def load(
         >>> dataset.train_images.shape, dataset.test_images.shape
         ((1437, 32, 32, 3), (360, 32, 32, 3))
     """
-    plain = name.lower().replace("-", "")
+    plain = canonical_name(name)
     if plain == "digits":
         return digits()
-    if plain not in CIFAR:
-        raise DataError(f"no data set is called {name!r}; the known ones are {', '.join(NAMES)}")
     where = data_dir if data_dir is not None else os.environ.get("NNOPT_DATA")
     if not where:
         raise DataError(

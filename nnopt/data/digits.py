@@ -30,9 +30,8 @@ def digits() -> Dataset:
     sorted by label (in their original order within a label) every fifth is a test image. Mirrored
     digits are other signs, so `flip_ok` is false.
     """
-    from sklearn.datasets import (
-        load_digits,
-    )  # a second of import time that only this function needs
+    # A second of import time that only this function needs.
+    from sklearn.datasets import load_digits
 
     bunch = load_digits()
     labels = bunch.target.astype(np.int32)

@@ -13,6 +13,8 @@ Definition. Let `a [N, H, W, C]` be the probe of a block: the output of its last
 The mean in `L` puts a hidden `1/N^2` into every `Delta`: compare scores only at equal batch size. The score called Fisher in the
 zero-cost proxy literature probes every layer and weights channels by their kernels; it is another score.
 
+A probe that the network calls several times has one gate for all calls: its sum over positions runs over the calls as well.
+
 Computed with gates: multiply the probe by a gate `m [N, C]` of ones. Then `dL/dm_nc = sum_ij a_nijc g_nijc`, so
 `Delta_c = 1/2 mean_n (dL/dm_nc)^2`, and no gradient of a weight, nor of the input, is ever needed.
 """

@@ -104,9 +104,8 @@ def run(
     if workers < 1:
         raise SearchError(f"a search needs at least 1 worker, got {workers}")
     watcher = watcher or _Nobody()
-    problem = Problem(
-        spec, data_dir
-    )  # before the folder: a search that cannot start leaves nothing behind
+    # The problem before the folder: a search that cannot start leaves nothing behind.
+    problem = Problem(spec, data_dir)
     place = _open_folder(pathlib.Path(folder), spec)
     store = ScoreStore(place / "scores.sqlite")
     try:
