@@ -27,7 +27,7 @@ def show(net: nn.Module, example: Any, *, depth: int | None = None) -> str:
         └── layers_2  Dense   float32[1,4] -> float32[1,2]  10 parameters
     """
     found = sites(net, example)
-    rows = [(*_head(found, s, rail), *_tail(found, s)) for s, rail in _tree(found, depth)]
+    rows = [(*_head(s, rail), *_tail(found, s)) for s, rail in _tree(found, depth)]
     return _columns(rows)
 
 
@@ -72,22 +72,15 @@ def diff(old: nn.Module, new: nn.Module, example: Any) -> str:
 
 def _same(a: Site, b: Site) -> bool:
     """Whether two sites look alike by themselves; what stands below them is compared on its own."""
-    if not a.path or _own_classes(a) == _own_classes(b) == "container":
+    if not a.path or not (a.variables or b.variables):  # a container: its shapes follow its parts
         return type(a.module) is type(b.module)
-    return encode(a.module, strict=False) == encode(b.module, strict=False) and (
-        a.inputs,
-        a.outputs,
-    ) == (b.inputs, b.outputs)
+    shapes = (a.inputs, a.outputs) == (b.inputs, b.outputs)
+    return shapes and encode(a.module, strict=False) == encode(b.module, strict=False)
 
 
-def _own_classes(site: Site) -> str:
-    return "leaf" if site.variables else "container"
-
-
-def _head(found: Sites, site: Site, rail: str) -> tuple[str, str]:
-    name = site.path[-1] if site.path else ""
-    label = f"{rail}{name}" if name else type(site.module).__name__
-    return label, type(site.module).__name__ if name else ""
+def _head(site: Site, rail: str) -> tuple[str, str]:
+    cls = type(site.module).__name__
+    return (f"{rail}{site.path[-1]}", cls) if site.path else (cls, "")
 
 
 def _tail(found: Sites, site: Site, *, with_class: bool = False) -> tuple[str, ...]:
