@@ -77,7 +77,7 @@ def a_result(folder, positions=18, candidates=40, *, scores=None, notes="360 hel
             "macs": 81_234_567,
             "fingerprint": "1" * 64,
         },
-        "scoring": {"candidates": candidates, "distinct": candidates, "seconds": 20.0},
+        "scoring": {"candidates": candidates, "distinct": candidates, "seconds_each": 2.5},
         "training": {"history": epochs, "test_accuracy": 0.27, "measured_on": notes},
         "latency": {
             "1": {"base": latency(1.234, True), "winner": latency(2.468), "speedup": {"median": 0.5}} | device,

@@ -247,7 +247,7 @@ def _page(result: SearchResult, pictures: dict[str, bytes]) -> str:
 {image.format("Fisher potential of all candidates against their parameters", encoded["score.png"])}
 <p class=note>{s["scoring"]["candidates"]:,} candidates, drawn uniformly from the {_count(space["within_budget"])} of
 {_count(space["candidates"])} that lie within the budget ({space["fraction_within_budget"]:.2%}); all scored on one minibatch of
-{spec["score_batch"]} images in {s["scoring"]["seconds"]:.0f} s.</p>
+{spec["score_batch"]} images, {s["scoring"]["seconds_each"]:.1f} s each.</p>
 <h2>The winner</h2>
 {image.format("Share of score and parameters of the winner, block by block", encoded["winner.png"])}
 {_html_table(block_table(result))}
