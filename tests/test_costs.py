@@ -104,20 +104,29 @@ def test_subclasses_are_not_lowered():
     assert rewrite(case.net, LowerGroupedConvs(All()), example=case.inputs[0]) is case.net
 
 
+CONVOLUTIONS = {
+    "window": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "stride": st.integers(1, 2),
+    "padding": st.sampled_from(["SAME", "VALID", 1, ((2, 0), (0, 1))]),
+    "dilation": st.integers(1, 2),
+    "size": st.tuples(st.integers(5, 7), st.integers(5, 7)),
+}
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(
-    groups=st.integers(1, 4),
-    inner=st.integers(1, 3),
-    outer=st.integers(1, 3),
-    window=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    stride=st.integers(1, 2),
-    padding=st.sampled_from(["SAME", "VALID", 1]),
-    dilation=st.integers(1, 2),
-    size=st.tuples(st.integers(5, 7), st.integers(5, 7)),
-)
-def test_the_lowering_is_the_convolution(
-    groups, inner, outer, window, stride, padding, dilation, size
-):
+@given(groups=st.integers(1, 4), inner=st.integers(1, 3), outer=st.integers(1, 3), **CONVOLUTIONS)
+def test_the_lowering_is_the_convolution(groups, inner, outer, **convolution):
+    check_lowering(groups, inner, outer, **convolution)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(channels=st.integers(2, 5), **CONVOLUTIONS)
+def test_the_depthwise_lowering_is_the_convolution(channels, **convolution):
+    check_lowering(channels, 1, 1, **convolution)
+
+
+def check_lowering(groups, inner, outer, window, stride, padding, dilation, size):
+    """Values and gradients of `Conv` are those of `nn.Conv`."""
     fields = {
         "features": groups * outer,
         "kernel_size": window,
@@ -150,8 +159,9 @@ def test_the_lowering_is_the_convolution(
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3)
 
 
-def test_the_lowering_under_vmap():
-    native, ours = (kind(8, (3, 3), feature_group_count=4) for kind in (nn.Conv, Conv))
+@pytest.mark.parametrize("features", [4, 8])
+def test_the_lowering_under_vmap(features):
+    native, ours = (kind(features, (3, 3), feature_group_count=4) for kind in (nn.Conv, Conv))
     x = jax.random.normal(jax.random.key(0), (3, 2, 5, 5, 4))
     variables = native.init(jax.random.key(1), x[0])
     stacked = jax.tree.map(lambda v: jnp.stack([v, 2 * v, 3 * v]), variables)
@@ -159,3 +169,38 @@ def test_the_lowering_under_vmap():
         given_ = variables if axes[0] is None else stacked
         a, b = (jax.vmap(net.apply, axes)(given_, x) for net in (native, ours))
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_derivatives_of_the_depthwise_lowering():
+    """Forward mode, and a gradient of a gradient."""
+    native, ours = (kind(3, (3, 3), feature_group_count=3) for kind in (nn.Conv, Conv))
+    x = jax.random.normal(jax.random.key(0), (1, 5, 5, 3))
+    variables = native.init(jax.random.key(1), x)
+
+    def curved(net):
+        return lambda v: (net.apply(v, x) ** 3).sum()
+
+    direction = jax.tree.map(jnp.ones_like, variables)
+    for derive in (
+        lambda f: jax.jvp(f, (variables,), (direction,)),
+        lambda f: jax.jvp(jax.grad(f), (variables,), (direction,)),
+        lambda f: jax.grad(lambda v: sum(g.sum() for g in jax.tree.leaves(jax.grad(f)(v))))(
+            variables
+        ),
+    ):
+        a, b = (jax.tree.leaves(derive(curved(net))) for net in (native, ours))
+        for left, right in zip(a, b, strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-3)
+
+
+def test_depthwise_is_lowered_to_a_sum_on_a_cpu():
+    """What is compiled for a CPU holds no convolution, and for another platform nothing else."""
+    net = Conv(8, (3, 3), feature_group_count=8)
+    x = jax.ShapeDtypeStruct((1, 5, 5, 8), jnp.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    traced = jax.jit(net.apply).trace(variables, x)
+    assert "stablehlo.convolution" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    for platform in ("cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.convolution") == 1
+        assert "feature_group_count = 8" in text

@@ -86,8 +86,9 @@ class Configure(Rewrite):
 class LowerGroupedConvs(Rewrite):
     """`nn.Conv(groups > 1) -> nnopt.layers.Conv`: the same function, lowered to suit the platform.
 
-    Before -> after on a CPU: `conv(x, k, groups=g)` -> `conv(x, block_diagonal(k, g))`. A network that somebody else wrote
-    becomes trainable on a CPU this way. Subclasses of `nn.Conv` are left alone, for they may mean something else.
+    Before -> after on a CPU: `conv(x, k, groups=g)` -> `conv(x, block_diagonal(k, g))`, or a sum of shifted images for a
+    depthwise one. A network that somebody else wrote becomes trainable on a CPU this way. Subclasses of `nn.Conv` are left
+    alone, for they may mean something else.
     """
 
     keeps = Keeps.FUNCTION
