@@ -291,6 +291,38 @@ def test_replaced_blocks_tell_training_from_inference(network, first):
             assert all(moved) if moves else not any(moved)
 
 
+class OptionalFlagBlock(nn.Module):
+    """A block that is told only when it is training."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return x + nn.Conv(x.shape[-1], (3, 3))(y)
+
+
+class OptionalFlag(nn.Module):
+    by_name: bool
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        block = OptionalFlagBlock(name="block")
+        if not train:
+            return block(x)
+        return block(x, train=True) if self.by_name else block(x, True)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_flag_that_a_call_leaves_out(by_name, first):
+    x = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
+    rule = ReplaceBlock("block", choice("G(2)"))
+    net = rewrite(OptionalFlag(by_name), rule, example=Example(x, train=first))
+    for train in (True, False):
+        found = sites(net, Example(x, train=train))
+        norms = found.where(lambda s: isinstance(s.module, nn.BatchNorm))
+        assert {s.module.use_running_average for s in norms} == {not train}
+
+
 @pytest.mark.parametrize("size", [7, 8, 9])
 @pytest.mark.parametrize("kind", ["S", "G(4)", "B(2)", "BG(2,M)"])
 def test_odd_sizes_with_a_stride(size, kind):
@@ -308,7 +340,7 @@ def test_blocks_compute_what_they_say():
     """A block of two grouped operators, written out with plain operations."""
     op1 = choice("G(2)").operator(4, 6, 2)
     op2 = choice("G(2)").operator(6, 6)
-    block = PreActivationBlock(6, 2, op1, op2, TrainingFlag(1, running_when=False))
+    block = PreActivationBlock(6, 2, op1, op2, TrainingFlag(running_when=False, position=1))
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
     variables = block.init(jax.random.key(1), x, False)
     p = variables["params"]

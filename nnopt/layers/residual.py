@@ -98,23 +98,26 @@ class TrainingFlag:
     """Where a block finds out whether its normalisations use running statistics, as the block it stands in for did.
 
     Attributes:
-        argument: position or name of the argument of the call that says so; None if a field of the replaced module does.
-        running_when: the value of that flag which means running statistics.
+        running_when: the value of the flag which means running statistics.
+        name: of the argument that is the flag; None if it has none, or if a field of the replaced module is the flag.
+        position: of that argument; None if it is passed by name alone.
+        default: its value where a call leaves it out.
     """
 
-    argument: int | str | None
     running_when: bool
+    name: str | None = None
+    position: int | None = None
+    default: bool = False
 
     def running(self, args: tuple[Any, ...], kwargs: dict[str, Any], source: Any) -> bool:
         """Whether to use running statistics in this call; `source` is the field's value, if a field says so."""
-        if isinstance(self.argument, int):
-            value = args[self.argument] if self.argument < len(args) else not self.running_when
-        elif isinstance(self.argument, str):
-            value = kwargs.get(self.argument, not self.running_when)
-        elif isinstance(source, functools.partial):
-            value = source.keywords["use_running_average"]
+        if self.name is None and self.position is None:
+            partial = isinstance(source, functools.partial)
+            value = source.keywords["use_running_average"] if partial else source
+        elif self.position is not None and self.position < len(args):
+            value = args[self.position]
         else:
-            value = source
+            value = kwargs.get(self.name or "", self.default)
         return bool(value) == self.running_when
 
 

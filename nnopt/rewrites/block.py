@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from nnopt.core import ResidualBlocks, Rewrite, Selector, Site, Sites, select
+from nnopt.core import Call, ResidualBlocks, Rewrite, Selector, Site, Sites, select
 from nnopt.core.modules import External, configuration
 from nnopt.core.paths import path_text
 from nnopt.errors import ChoiceError, GenotypeError
@@ -140,24 +140,25 @@ def training_flag(site: Site, sites: Sites) -> tuple[TrainingFlag, Any]:
     call = site.calls[0]
     norms = sites.below(site.path).where(lambda s: isinstance(s.module, nn.BatchNorm))
     running = next((_running(s) for s in norms), None)
-    flags: dict[int | str, bool] = {i: a for i, a in enumerate(call.args) if isinstance(a, bool)}
-    flags |= {k: v for k, v in call.kwargs.items() if isinstance(v, bool)}
     fields = configuration(site.original)  # what a field of the new block is read from
-    if flags:
-        name, value = _likeliest(flags)
+    arguments = _boolean_arguments(site.original, call)
+    if arguments:
+        found = next((a for a in arguments if _speaks_of_training(a.name)), arguments[0])
         if running is None:  # no norm to tell: by its name
-            running = value == _means_inference(name)
-        return TrainingFlag(name, value if running else not value), None
+            running = found.value == (found.name in _INFERENCE_WORDS)
+        running_when = found.value if running else not found.value
+        default = running_when if found.default is None else found.default
+        return TrainingFlag(running_when, found.name, found.position, default), None
     if running is not None:
         booleans = {
             k: v for k, v in fields.items() if isinstance(v, bool) and _speaks_of_training(k)
         }
         if booleans:
             field, value = next(iter(booleans.items()))
-            return TrainingFlag(None, value if running else not value), External(field)
+            return TrainingFlag(value if running else not value), External(field)
         for field, value in fields.items():
             if isinstance(value, functools.partial) and "use_running_average" in value.keywords:
-                return TrainingFlag(None, running_when=True), External(field)
+                return TrainingFlag(running_when=True), External(field)
     raise ChoiceError(
         f"at {path_text(site.path)!r}: cannot tell how {type(site.module).__name__} learns whether it is training; "
         "give its call a boolean `train` argument"
@@ -168,19 +169,47 @@ _TRAINING_WORDS = ("train", "training", "is_training")
 _INFERENCE_WORDS = ("deterministic", "use_running_average", "eval", "inference")
 
 
-def _speaks_of_training(name: int | str) -> bool:
+def _speaks_of_training(name: str | None) -> bool:
     return name in _TRAINING_WORDS or name in _INFERENCE_WORDS
 
 
-def _means_inference(name: int | str) -> bool:
-    return name in _INFERENCE_WORDS
+class _Boolean(NamedTuple):
+    """A boolean argument: its name and position as far as it has them, its value in a call, its default if it has one."""
+
+    name: str | None
+    position: int | None
+    value: bool
+    default: bool | None
 
 
-def _likeliest(flags: Mapping[int | str, bool]) -> tuple[int | str, bool]:
-    """The boolean argument that speaks of training by its name, else the first."""
-    return next(
-        ((k, v) for k, v in flags.items() if _speaks_of_training(k)), next(iter(flags.items()))
-    )
+def _boolean_arguments(module: nn.Module, call: Call) -> list[_Boolean]:
+    """The boolean arguments of a call, and those left out whose name speaks of training and whose default is boolean."""
+    taken = list(inspect.signature(getattr(type(module), call.method)).parameters.values())[1:]
+    found, named = [], set()
+    for position, parameter in enumerate(taken):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        named.add(parameter.name)
+        place = None if parameter.kind is parameter.KEYWORD_ONLY else position
+        default = parameter.default if isinstance(parameter.default, bool) else None
+        value = default if _speaks_of_training(parameter.name) else None
+        if place is not None and place < len(call.args):
+            value = call.args[place]
+        value = call.kwargs.get(parameter.name, value)
+        if isinstance(value, bool):
+            found.append(_Boolean(parameter.name, place, value, default))
+    known = {a.position for a in found}
+    found += [  # what the signature takes as *args or **kwargs
+        _Boolean(None, i, v, None)
+        for i, v in enumerate(call.args)
+        if isinstance(v, bool) and i not in known
+    ]
+    found += [
+        _Boolean(k, None, v, None)
+        for k, v in call.kwargs.items()
+        if isinstance(v, bool) and k not in named
+    ]
+    return found
 
 
 def _running(norm: Site) -> bool:
