@@ -50,7 +50,8 @@ def to_record(net: nn.Module) -> dict[str, Any]:
 def from_record(record: Any) -> nn.Module:
     """The network that a record describes: its base, with the recorded rules applied again.
 
-    Recorded classes and functions are imported by name; none is called but module and dataclass constructors and initialisers.
+    Read records only from people you trust: classes and functions are imported by name, and a function that the network holds
+    runs when the network is traced, which replaying its steps does.
 
     Raises:
         RecordError: the JSON is not a network record, or replaying it gives another network.

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import flax.linen as nn
+
 from nnopt.core import Keeps, Rewrite, Selector, Sites, select
 from nnopt.layers.combinators import Gate, Tap, Then
 from nnopt.typing import Edits
@@ -17,9 +19,7 @@ class AddTap(Rewrite):
 
     def __call__(self, sites: Sites) -> Edits:
         """See `Rewrite`."""
-        return {
-            s.path: Then(s.module, Tap(parent=None), parent=None) for s in select(sites, self.where)
-        }
+        return _followed_by(Tap(parent=None), select(sites, self.where))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class AddGate(Rewrite):
 
     def __call__(self, sites: Sites) -> Edits:
         """See `Rewrite`."""
-        return {
-            s.path: Then(s.module, Gate(parent=None), parent=None)
-            for s in select(sites, self.where)
-        }
+        return _followed_by(Gate(parent=None), select(sites, self.where))
+
+
+def _followed_by(after: nn.Module, selected: Sites) -> Edits:
+    return {s.path: Then(s.module, after, parent=None) for s in selected}
