@@ -122,6 +122,7 @@ def test_show_against(capsys):
         (["wrn-10-1", "--against", "wrn"], "no network is named 'wrn'"),
         (["wrn-10-1", "--size", "0"], "there are no images of 0 pixels; give --size 1 or more"),
         (["wrn-10-1", "--size", "-3"], "there are no images of -3 pixels"),
+        (["wrn-10-1", "--depth", "-1"], "a tree has no -1 levels; give --depth 0 or more"),
     ],
 )
 def test_show_refuses(args, words, capsys):

@@ -28,7 +28,10 @@ class ShowCommand:
         """Prints the tree or the difference."""
         from nnopt.core import diff, show
         from nnopt.costs import macs
+        from nnopt.errors import SelectionError
 
+        if self.depth is not None and self.depth < 0:
+            raise SelectionError(f"a tree has no {self.depth} levels; give --depth 0 or more")
         net = load_network(self.network)
         example = example_for(net, self.size)
         if self.against is not None:
