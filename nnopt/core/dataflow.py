@@ -1,30 +1,25 @@
 """How values flow through a network, read off its jaxpr: which equations belong to which site, and where residual additions are.
 
-The network is traced with a name written on what enters and leaves each site (`jax.ad_checkpoint.checkpoint_name`, an
-identity). Tracing writes equations down in the order of execution, so whatever lies between the two names of a
-site belongs to it.
+The network is traced with the marks of `core.marks`, so each equation knows its site.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from nnopt.core.example import Example, rngs
-from nnopt.core.modules import is_method
-from nnopt.core.patch import Patched
-from nnopt.core.paths import path_text
+from nnopt.core.marks import OpenSites, mark_sites
 from nnopt.core.select import Selector
 from nnopt.core.sites import Sites
 from nnopt.errors import SelectionError
 from nnopt.typing import Path
 
-_ENTER, _LEAVE = "nnopt enter ", "nnopt leave "
-
+CONVOLUTIONS = ("conv_general_dilated", "nnopt_conv")
+"""Names of the primitives that convolve: JAX's own and that of `nnopt.layers.Conv`."""
 
 @dataclasses.dataclass(frozen=True)
 class Equation:
@@ -63,11 +58,38 @@ class ResidualAdd:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reach:
+class Reach:
     """What a value depends on: the network's input, through `depth` convolutions, `last` being the last of them."""
 
     depth: int = 0
     last: Path | None = None
+
+
+def reach(
+    equation: "Equation", before: Sequence[Reach | None]
+) -> tuple[Reach | None, ResidualAdd | None]:
+    """What the outputs of an equation depend on, and the residual addition that it is.
+
+    Args:
+        equation: any.
+        before: what each of its inputs depends on, None for a value that does not depend on the network's input.
+
+    Returns:
+        The same of its outputs, and None unless the equation adds two images that depend on the input through unequally many
+        convolutions.
+    """
+    deepest = max((r for r in before if r), key=lambda r: r.depth, default=None)
+    if deepest is None:
+        return None, None
+    if equation.primitive in CONVOLUTIONS:
+        return Reach(deepest.depth + 1, equation.path), None
+    inputs = equation.inputs
+    if equation.primitive in ("add", "add_any") and all(before):
+        a, b = sorted((r for r in before if r), key=lambda r: r.depth)
+        same = inputs[0].shape == inputs[1].shape and len(inputs[0].shape) > 2
+        if same and a.depth < b.depth and b.last is not None:
+            return deepest, ResidualAdd(equation.path, b.last, a.last)
+    return deepest, None
 
 
 class Dataflow:
@@ -81,31 +103,30 @@ class Dataflow:
     def __init__(self, net: nn.Module, example: Any) -> None:
         self.equations: list[Equation] = []
         self.residual_adds: list[ResidualAdd] = []
-        self._open: list[Path] = [()]
+        self._open = OpenSites()
         example = Example.of(example)
-        with nn.intercept_methods(_name_sites):
+        with nn.intercept_methods(mark_sites):
             closed, own = example.jaxpr(
                 lambda key, *args, **kwargs: net.init_with_output(rngs(key), *args, **kwargs)[0],
                 jax.random.key(0),
             )
         jaxpr = closed.jaxpr
-        reaches = [_Reach() if i < own else None for i in range(len(jaxpr.invars))]
+        reaches = [Reach() if i < own else None for i in range(len(jaxpr.invars))]
         self._run(jaxpr, reaches, 1)
 
-    def _run(self, jaxpr: Any, inputs: list[_Reach | None], repeats: int) -> list[_Reach | None]:
+    def _run(self, jaxpr: Any, inputs: list[Reach | None], repeats: int) -> list[Reach | None]:
         known = dict(zip(jaxpr.invars, inputs, strict=True))
 
-        def reach(atom: Any) -> _Reach | None:
+        def look_up(atom: Any) -> Reach | None:
             return None if isinstance(atom, jex.Literal) else known.get(atom)
 
         for eqn in jaxpr.eqns:
-            before = [reach(v) for v in eqn.invars]
+            before = [look_up(v) for v in eqn.invars]
             deepest = max((r for r in before if r), key=lambda r: r.depth, default=None)
-            after: list[_Reach | None] = [deepest] * len(eqn.outvars)
+            after: list[Reach | None] = [deepest] * len(eqn.outvars)
             inner = list(_inner_jaxprs(eqn))
-            if eqn.primitive.name == "name" and eqn.params["name"].startswith((_ENTER, _LEAVE)):
-                self._mark(eqn.params["name"])
-            elif inner:
+            is_mark = self._open.see(eqn) is not None
+            if inner:
                 times = repeats * eqn.params["length"] if eqn.primitive.name == "scan" else repeats
                 # Of the branches of a conditional the last is the default one.
                 body = inner[-1]
@@ -115,59 +136,19 @@ class Dataflow:
                     after = found if len(found) == len(after) else after
                 else:
                     self._run(body, [deepest] * len(body.invars), times)
-            else:
-                after = self._equation(eqn, before, deepest, repeats)
+            elif not is_mark:
+                inputs, outputs = (tuple(v.aval for v in vs) for vs in (eqn.invars, eqn.outvars))
+                path = self._open.innermost
+                equation = Equation(
+                    eqn.primitive.name, eqn.params, inputs, outputs, path, repeats
+                )
+                self.equations.append(equation)
+                flows_on, addition = reach(equation, before)
+                after = [flows_on] * len(eqn.outvars)
+                if addition is not None:
+                    self.residual_adds.append(addition)
             known.update(zip(eqn.outvars, after, strict=True))
-        return [reach(v) for v in jaxpr.outvars]
-
-    def _equation(
-        self, eqn: Any, before: list[_Reach | None], deepest: _Reach | None, repeats: int
-    ) -> list[_Reach | None]:
-        path = self._open[-1]
-        name = eqn.primitive.name
-        inputs, outputs = (tuple(v.aval for v in vs) for vs in (eqn.invars, eqn.outvars))
-        self.equations.append(Equation(name, eqn.params, inputs, outputs, path, repeats))
-        if name == "conv_general_dilated" and deepest is not None:
-            deepest = _Reach(deepest.depth + 1, path)
-        elif name in ("add", "add_any") and all(before) and inputs[0].shape == inputs[1].shape:
-            a, b = sorted((r for r in before if r), key=lambda r: r.depth)
-            if a.depth < b.depth and b.last is not None and len(inputs[0].shape) > 2:
-                self.residual_adds.append(ResidualAdd(path, b.last, a.last))
-        return [deepest] * len(eqn.outvars)
-
-    def _mark(self, name: str) -> None:
-        path = tuple(name.split(" ", 2)[2].split("/"))
-        if name.startswith(_ENTER):
-            self._open.append(path)
-        elif path in self._open:
-            while self._open.pop() != path:
-                pass
-
-
-def _name_sites(
-    next_fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-) -> Any:
-    module, method = context.module, context.method_name
-    if module.scope is None or not module.scope.path or isinstance(module, Patched):
-        return next_fun(*args, **kwargs)
-    if method == "setup" or not is_method(module, method):
-        return next_fun(*args, **kwargs)
-    text = path_text(module.scope.path)
-    args = _with_name(args, f"{_ENTER}{text}")
-    return _with_name(next_fun(*args, **kwargs), f"{_LEAVE}{text}")
-
-
-def _with_name(tree: Any, name: str) -> Any:
-    """Writes a name on the first array of a tree."""
-    leaves, structure = jax.tree.flatten(tree)
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, jax.Array):
-            leaves[i] = checkpoint_name(leaf, name)
-            break
-    return jax.tree.unflatten(structure, leaves)
+        return [look_up(v) for v in jaxpr.outvars]
 
 
 def _inner_jaxprs(eqn: Any) -> Iterator[Any]:

@@ -1,0 +1,595 @@
+"""A flat program run as a chain of small compiled ones, with its reverse pass.
+
+Where to cut. Each convolution is a program of its own, lowered as `nnopt.layers.lowering` chooses. What lies between convolutions
+(normalisation, activation, addition, pooling, concatenation) is cut by *level*, the number of convolutions on the longest way to a
+value: equations of one level that share values are one program. Cutting by level keeps the order of dependence,
+and gives every batch norm + ReLU of one shape the same program wherever it stands. On a CPU this grain is also the fastest to
+run: XLA repeats a convolution written as shifted slices in each consumer that it is fused with.
+
+The reverse pass. Each program has a reverse one that takes its inputs and the cotangents of its outputs, computes what it
+needs again, and returns the cotangents of its inputs, already added to those that came from elsewhere. Only values that come
+after a probe have cotangents: no gradient of a weight is computed, and none of the network's input.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.extend import core as jex
+
+from nnopt.core.dataflow import CONVOLUTIONS
+from nnopt.core.flatten import Flat, FlatEquation, Value, run_equations
+from nnopt.errors import UnsupportedNetworkError
+from nnopt.layers.batch_norm import STATISTICS
+from nnopt.layers.lowering import ConvShape, Direction, Lowering, choose
+from nnopt.scores.programs import Program, ProgramCache, equations_key
+
+Instruction = tuple[Program, tuple[int, ...], tuple[int, ...]]
+"""A program, the slots it reads and the slots it writes."""
+Flags = tuple[bool, ...]
+HoleFlags = Callable[[int, Flags], Flags]
+
+
+class Observer(Protocol):
+    """What a score computes at a probe, as a hashable value."""
+
+    needs_gradient: bool
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """`(activation)` or, with a gradient, `(activation, cotangent)` -> small arrays; traceable."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A value that is looked at.
+
+    Attributes:
+        label: what it is called in the result.
+        value: of the flat program.
+        observer: what is computed from it.
+    """
+
+    label: str
+    value: Value
+    observer: Observer
+
+
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """A place in a flat program where another chain is run.
+
+    Attributes:
+        index: which, in the order of the program.
+        inputs: slots of the values that go in.
+        outputs: slots of the values that come out.
+    """
+
+    index: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reverse:
+    """The reverse pass of a chain for one pattern of activity.
+
+    Attributes:
+        parts: what to run, in order: instructions, or the index of a hole whose own reverse pass stands there with the slots of
+            its cotangents that go in, and that come out.
+        inputs: for each input that may be active the slot of its cotangent, None without one.
+        observed: for each probe with a gradient: its position among the probes, and the slots of what was observed.
+    """
+
+    parts: "tuple[Instruction | HoleReverse, ...]"
+    inputs: tuple[int | None, ...]
+    observed: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class HoleReverse:
+    """A hole in a reverse pass: slots of the cotangents that go in (of its outputs) and come out (of its inputs), None for none."""
+
+    index: int
+    cotangents: tuple[int | None, ...]
+    gradients: tuple[int | None, ...]
+
+
+@dataclasses.dataclass(eq=False)
+class _Step:
+    """A piece of the program: `inputs` that depend on the chain's inputs, `weights` that do not, `kept` small results."""
+
+    inputs: tuple[Value, ...]
+    weights: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    kept: tuple[Value, ...] = ()
+    equations: tuple[FlatEquation, ...] = ()
+    conv: ConvShape | None = None
+    hole: int | None = None
+
+
+class Chain:
+    """A flat program cut into small ones.
+
+    The cache compiles what is new. Values are kept in a list, `env`, by slots.
+
+    Attributes:
+        probes: what is looked at.
+        forward: instructions of the forward pass, and holes, in order.
+        inputs: slots of the inputs that a caller fills.
+        outputs: slots of the outputs.
+        observed: for each probe without gradient: its position, and the slots of what was observed.
+    """
+
+    def __init__(
+        self,
+        flat: Flat,
+        inputs: Sequence[Value],
+        cache: ProgramCache,
+        probes: Sequence[Probe] = (),
+        *,
+        lanes: int | None = None,
+        platform: str,
+    ) -> None:
+        """Cuts.
+
+        Args:
+            flat: the program. Inputs of it that are not `inputs` are weights (or PRNG keys), the same in each call.
+            inputs: those that differ from call to call and may be differentiated.
+            cache: where programs come from.
+            probes: what to look at.
+            lanes: run this many calls side by side, on arrays with one more axis in front; weights are shared.
+            platform: what to lower convolutions for.
+
+        Raises:
+            UnsupportedNetworkError: an output does not depend on an input.
+        """
+        self.probes = tuple(probes)
+        self._cache = cache
+        self._lanes = lanes
+        self._platform = platform
+        self._slots: dict[Any, int] = {}
+        self._flat = flat
+        self._inputs = tuple(inputs)
+        self._probed = frozenset(p.value for p in self.probes if p.observer.needs_gradient)
+        self._dependent = _dependent(flat, inputs)
+        self._makers = {v: e for e in flat.equations for v in e.outputs}
+        self._readers: dict[Value, list[FlatEquation]] = {}
+        for equation in flat.equations:
+            for atom in equation.inputs:
+                if isinstance(atom, Value):
+                    self._readers.setdefault(atom, []).append(equation)
+        self._asked = {v for v in flat.outputs if isinstance(v, Value)}
+        self._asked |= {p.value for p in self.probes}
+        self._kept = frozenset(flat.named.get(STATISTICS, ()))
+        self._steps = self._cut()
+        self._sources: dict[int, Value] = {}
+        self._prepared: dict[Any, tuple[int, ...]] = {}
+        self.forward: list[Instruction | Hole] = [self._forward(step) for step in self._steps]
+        self.observed: list[tuple[int, tuple[int, ...]]] = []
+        for i, probe in enumerate(self.probes):
+            if not probe.observer.needs_gradient:
+                instruction, slots = self._observe(i, (self._slot(probe.value),))
+                self.forward.append(instruction)
+                self.observed.append((i, slots))
+        self.inputs = tuple(self._slot(v) for v in self._inputs)
+        for atom in flat.outputs:
+            if isinstance(atom, jex.Literal) or atom not in self._dependent:
+                raise UnsupportedNetworkError(
+                    "an output does not depend on the input, so there is nothing to run as a chain"
+                )
+        self.outputs = tuple(self._slot(v) for v in flat.outputs if isinstance(v, Value))
+        self._reverses: dict[Any, Reverse] = {}
+
+    # -- cutting ------------------------------------------------------------------------------------------------------
+
+    def _cut(self) -> list[_Step]:
+        boundary = {p.value for p in self.probes}
+        level = dict.fromkeys(self._inputs, 0)
+        groups: dict[tuple[int, Value], list[FlatEquation]] = {}
+        alone: list[tuple[int, int, FlatEquation]] = []
+        component: dict[Value, Value] = {}
+
+        def root(value: Value) -> Value:
+            while component[value] is not value:
+                component[value] = component[component[value]]
+                value = component[value]
+            return value
+
+        clustered: list[tuple[int, FlatEquation]] = []
+        for position, equation in enumerate(self._flat.equations):
+            values = [a for a in equation.inputs if isinstance(a, Value) and a in self._dependent]
+            if not values:
+                continue
+            here = max(level[v] for v in values)
+            if equation.primitive is hole_p or self._conv_shape(equation) is not None:
+                alone.append((here, position, equation))
+                level.update(dict.fromkeys(equation.outputs, here + 1))
+                continue
+            clustered.append((here, equation))
+            first = equation.outputs[0]
+            for value in equation.outputs:
+                component[value] = first
+                level[value] = here + 1 if value in boundary else here
+            for value in values:
+                if value in component and level[value] == here:
+                    component[root(value)] = root(first)
+        for here, equation in clustered:
+            groups.setdefault((here, root(equation.outputs[0])), []).append(equation)
+        # Python sorts stably: clusters of a level before its convolutions, each in the order of the program.
+        ordered = [(here, 0, self._cluster(found)) for (here, _), found in groups.items()]
+        ordered += [(here, 1, self._single(equation)) for here, _, equation in alone]
+        return [step for *_, step in sorted(ordered, key=lambda item: item[:2])]
+
+    def _conv_shape(self, equation: FlatEquation) -> ConvShape | None:
+        if equation.primitive.name not in CONVOLUTIONS:
+            return None
+        kernel = equation.inputs[1]
+        if kernel in self._dependent or isinstance(kernel, jex.Literal):
+            return None
+        return ConvShape.of_equation(equation)
+
+    def _single(self, equation: FlatEquation) -> _Step:
+        read = [a for a in equation.inputs if isinstance(a, Value)]
+        if equation.primitive is hole_p:
+            index = equation.params["index"]
+            inputs = tuple(v for v in read if v in self._dependent)
+            if len(inputs) != len(equation.inputs):
+                raise UnsupportedNetworkError(
+                    "a unit takes an array that does not depend on the input"
+                )
+            return _Step(inputs, (), equation.outputs, hole=index)
+        x, kernel = read
+        return _Step((x,), (kernel,), equation.outputs, conv=self._conv_shape(equation))
+
+    def _cluster(self, equations: list[FlatEquation]) -> _Step:
+        own = {v for e in equations for v in e.outputs}
+        needed_weights: dict[Value, None] = {}
+        before: dict[FlatEquation, None] = {}
+        inputs: dict[Value, None] = {}
+
+        def sink(value: Value) -> None:
+            """Takes in the equations that make a value from weights."""
+            maker = self._makers.get(value)
+            if maker is None:
+                needed_weights[value] = None
+                return
+            if maker not in before:
+                for atom in maker.inputs:
+                    if isinstance(atom, Value):
+                        sink(atom)
+                before[maker] = None
+
+        for equation in equations:
+            for atom in equation.inputs:
+                if isinstance(atom, jex.Literal) or atom in own:
+                    continue
+                if atom in self._dependent:
+                    inputs[atom] = None
+                else:
+                    sink(atom)
+        here = set(equations)
+
+        def leaves(value: Value) -> bool:
+            return value in self._asked or any(e not in here for e in self._readers.get(value, ()))
+
+        ordered = [v for e in equations for v in e.outputs]
+        kept = tuple(v for v in ordered if v in self._kept)
+        return _Step(
+            tuple(inputs),
+            tuple(needed_weights),
+            tuple(v for v in ordered if leaves(v) and v not in self._kept),
+            kept,
+            (*before, *equations),
+        )
+
+    # -- slots and weights --------------------------------------------------------------------------------------------
+
+    def _slot(self, key: Any) -> int:
+        return self._slots.setdefault(key, len(self._slots))
+
+    def _weight_slots(self, weights: Iterable[Value]) -> tuple[int, ...]:
+        for value in weights:
+            self._sources[self._slot(value)] = value
+        return tuple(self._slot(v) for v in weights)
+
+    def bind(self, weights: Mapping[Value, Any]) -> list[Any]:
+        """An `env` that holds the weights, each prepared for its uses; copy it for each call.
+
+        Args:
+            weights: array of each input of the flat program that is a weight.
+        """
+        known: dict[Value, Any] = {**dict(self._flat.constants), **weights}
+        env: list[Any] = [None] * len(self._slots)
+        for slot, value in self._sources.items():
+            env[slot] = self._weight(value, known)
+        for (kernel, shape, direction, lowering), slots in self._prepared.items():
+            arrays = lowering.prepare(shape, direction, self._weight(kernel, known))
+            for slot, array in zip(slots, arrays, strict=True):
+                env[slot] = jax.device_put(array, self._cache.device)
+        return env
+
+    def _weight(self, value: Value, known: dict[Value, Any]) -> Any:
+        if value not in known:
+            maker = self._makers[value]
+            for atom in maker.inputs:
+                if isinstance(atom, Value):
+                    self._weight(atom, known)
+            run_equations([maker], known)
+        return known[value]
+
+    @property
+    def weights(self) -> int:
+        """How many weights a bound `env` holds; grows when a reverse pass is planned that needs others."""
+        return len(self._sources) + len(self._prepared)
+
+    def grown(self, bound: list[Any]) -> list[Any]:
+        """A copy of a bound `env` with room for every value."""
+        return bound + [None] * (len(self._slots) - len(bound))
+
+    def missed(self, reverse: Reverse | None) -> list[str]:
+        """Labels of the probes with a gradient that a reverse pass does not come by."""
+        seen = {i for i, _ in reverse.observed} if reverse is not None else set()
+        needed = (i for i, p in enumerate(self.probes) if p.observer.needs_gradient)
+        return [self.probes[i].label for i in needed if i not in seen]
+
+    # -- programs -----------------------------------------------------------------------------------------------------
+
+    def _program(
+        self,
+        key: Hashable,
+        function: Callable[..., Any],
+        moving: Sequence[Any],
+        fixed: Sequence[Any],
+    ) -> Program:
+        """A program of `moving` arrays, which have lanes if there are any, and `fixed` ones, which have not."""
+        specs = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in moving]
+        if self._lanes is not None:
+            specs = [jax.ShapeDtypeStruct((self._lanes, *s.shape), s.dtype) for s in specs]
+            axes = (*[0] * len(moving), *[None] * len(fixed))
+            function = jax.vmap(function, in_axes=axes)
+        return self._cache.get((key, self._lanes), function, [*specs, *fixed])
+
+    def _forward(self, step: _Step) -> Instruction | Hole:
+        reads = tuple(self._slot(v) for v in step.inputs)
+        writes = tuple(self._slot(v) for v in (*step.outputs, *step.kept))
+        if step.hole is not None:
+            return Hole(step.hole, reads, writes)
+        if step.conv is not None:
+            program, slots = self._conv_program(step, Direction.FORWARD, accumulate=False)
+            return program, (*reads, *slots), writes
+        inputs, weights = step.inputs, step.weights
+        outputs = (*step.outputs, *step.kept)
+
+        def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            known = dict(zip((*inputs, *weights), arrays, strict=True))
+            run_equations(step.equations, known)
+            return tuple(known[v] for v in outputs)
+
+        key = ("forward", equations_key(step.equations, (*inputs, *weights), outputs))
+        program = self._program(key, run, _avals(inputs), _avals(weights))
+        return program, (*reads, *self._weight_slots(weights)), writes
+
+    def _conv_program(
+        self, step: _Step, direction: Direction, *, accumulate: bool
+    ) -> tuple[Program, tuple[int, ...]]:
+        """The program of a convolution, or of its input gradient, and the slots of its prepared kernel."""
+        shape, (kernel,) = step.conv, step.weights
+        assert shape is not None
+        lowering = choose(shape, direction, self._platform, alone=True)
+        prepared = jax.eval_shape(
+            lambda k: lowering.prepare(shape, direction, k),
+            jax.ShapeDtypeStruct(shape.kernel, shape.dtype),
+        )
+        where = (kernel, shape, direction, lowering)
+        if where not in self._prepared:
+            slots = tuple(self._slot((*where, i)) for i in range(len(prepared)))
+            self._prepared[where] = slots
+        moving = [step.inputs[0] if direction is Direction.FORWARD else step.outputs[0]]
+        moving += [step.inputs[0]] if accumulate else []
+
+        def run(operand: jax.Array, *rest: jax.Array) -> tuple[jax.Array, ...]:
+            if not accumulate:
+                return (lowering.run(shape, direction, operand, rest),)
+            return (lowering.run(shape, direction, operand, rest[1:]) + rest[0],)
+
+        key = ("conv", shape, direction, lowering, accumulate)
+        program = self._program(key, run, _avals(moving), prepared)
+        return program, self._prepared[where]
+
+    def _observe(
+        self, index: int, reads: tuple[int, ...]
+    ) -> tuple[Instruction, tuple[int, ...]]:
+        probe = self.probes[index]
+        arrays = _avals([probe.value] * len(reads))
+        program = self._program(("observe", probe.observer), probe.observer, arrays, ())
+        count = len(jax.eval_shape(probe.observer, *map(_spec, arrays)))
+        slots = tuple(self._slot(("observed", index, i)) for i in range(count))
+        return (program, reads, slots), slots
+
+    # -- reverse pass -------------------------------------------------------------------------------------------------
+
+    def active(self, inputs: Flags, hole: HoleFlags | None = None) -> tuple[bool, ...]:
+        """Whether the cotangent of each output is needed: whether it comes after a probe with a gradient or an active input.
+
+        Args:
+            inputs: for each input whether it is active.
+            hole: `(index, flags of its inputs) -> flags of its outputs`.
+        """
+        found = self._active(inputs, hole)
+        return tuple(v in found for v in self._flat.outputs)
+
+    def _active(self, inputs: Flags, hole: HoleFlags | None) -> set[Value]:
+        found = {v for v, on in zip(self._inputs, inputs, strict=True) if on}
+        found |= self._probed.intersection(self._inputs)
+        for step in self._steps:
+            if step.hole is not None:
+                assert hole is not None, "a chain with holes needs to know what they are filled with"
+                flags = hole(step.hole, tuple(v in found for v in step.inputs))
+                found.update(v for v, on in zip(step.outputs, flags, strict=True) if on)
+            elif not found.isdisjoint(step.inputs):
+                found.update(step.outputs)
+            found |= self._probed.intersection(step.outputs)
+        return found
+
+    def reverse(
+        self, inputs: Flags, outputs: Flags, hole_flags: tuple[Flags, ...] = ()
+    ) -> Reverse:
+        """The reverse pass when these inputs are active and these outputs have cotangents.
+
+        Args:
+            inputs: for each input whether it is active.
+            outputs: for each output whether it has a cotangent, in its `cotangent_slot`.
+            hole_flags: for each hole whether each of its outputs is active.
+        """
+        key = inputs, outputs, hole_flags
+        if key not in self._reverses:
+            self._reverses[key] = self._reversed(*key)
+        return self._reverses[key]
+
+    def cotangent_slot(self, output: int) -> int:
+        """The slot in which the reverse pass expects the cotangent of an output (one slot for one value)."""
+        return self._slot(("cotangent", self._flat.outputs[output], 0))
+
+    def _reversed(
+        self,
+        inputs: Flags,
+        outputs: Flags,
+        hole_flags: tuple[Flags, ...],
+    ) -> Reverse:
+        active = self._active(inputs, lambda index, _: hole_flags[index])
+        versions: dict[Value, int] = {}
+        parts: list[Instruction | HoleReverse] = []
+        observed: list[tuple[int, tuple[int, ...]]] = []
+        by_value: dict[Value, list[int]] = {}
+        for i, probe in enumerate(self.probes):
+            if probe.observer.needs_gradient:
+                by_value.setdefault(probe.value, []).append(i)
+
+        def slot(value: Value) -> int:
+            return self._slot(("cotangent", value, versions[value]))
+
+        def next_slot(value: Value) -> int:
+            # A value used in several places gets a sum, each partial one in a slot of its own.
+            versions[value] = versions.get(value, -1) + 1
+            return slot(value)
+
+        for value, on in zip(self._flat.outputs, outputs, strict=True):
+            if on and isinstance(value, Value):
+                versions[value] = 0
+
+        def look(values: Iterable[Value]) -> None:
+            for value in values:
+                for i in by_value.get(value, ()) if value in versions else ():
+                    instruction, slots = self._observe(i, (self._slot(value), slot(value)))
+                    parts.append(instruction)
+                    observed.append((i, slots))
+
+        for step in reversed(self._steps):
+            look(step.outputs)
+            given = [v for v in step.outputs if v in versions]
+            wanted = list(dict.fromkeys(v for v in step.inputs if v in active))
+            if not given or not (wanted or step.hole is not None):
+                continue
+            known = [v for v in wanted if v in versions]
+            cotangents = {v: slot(v) for v in given}
+            sums = tuple(slot(v) for v in known)
+            if step.hole is not None:
+                ins = tuple(cotangents.get(v) for v in step.outputs)
+                fresh = tuple(
+                    self._slot(("hole", step.hole, i)) if v in active else None
+                    for i, v in enumerate(step.inputs)
+                )
+                parts.append(HoleReverse(step.hole, ins, fresh))
+                for v, new in zip(step.inputs, fresh, strict=True):
+                    if new is None:
+                        continue
+                    terms = (new, slot(v)) if v in versions else (new,)
+                    parts.append(self._sum(v, terms, next_slot(v)))
+                continue
+            writes = tuple(next_slot(v) for v in wanted)
+            program, reads, weights = self._reverse_program(step, given, wanted, known)
+            parts.append((program, (*reads, *cotangents.values(), *sums, *weights), writes))
+        look(self._inputs)
+        gradients = tuple(
+            slot(v) if on and v in versions else None
+            for v, on in zip(self._inputs, inputs, strict=True)
+        )
+        return Reverse(tuple(parts), gradients, tuple(observed))
+
+    def _sum(self, value: Value, terms: tuple[int, ...], to: int) -> Instruction:
+        def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            return (sum(arrays[1:], arrays[0]),)
+
+        program = self._program(("sum", len(terms)), run, _avals([value] * len(terms)), ())
+        return program, terms, (to,)
+
+    def _reverse_program(
+        self, step: _Step, given: list[Value], wanted: list[Value], known: list[Value]
+    ) -> tuple[Program, tuple[int, ...], tuple[int, ...]]:
+        """The reverse program of a step, and the slots of the values and of the weights that it computes from.
+
+        It reads those values, cotangents of `given`, what is known of the cotangents of `wanted`, and those weights.
+        """
+        if step.conv is not None:
+            direction = Direction.INPUT_GRADIENT
+            program, slots = self._conv_program(step, direction, accumulate=bool(known))
+            return program, (), slots
+        values = (*step.inputs, *step.kept)
+        weights = step.weights
+        numbers = {v: i for i, v in enumerate(values)}
+        adds = [wanted.index(v) for v in known]
+
+        def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            rest = iter(arrays)
+            fixed = {v: next(rest) for v in values}
+            cotangents = [next(rest) for _ in given]
+            sums = [next(rest) for _ in known]
+            fixed.update((v, next(rest)) for v in weights)
+
+            def forward(active: list[jax.Array]) -> list[jax.Array]:
+                env = {**fixed, **dict(zip(wanted, active, strict=True))}
+                run_equations(step.equations, env)
+                return [env[v] for v in given]
+
+            _, transpose = jax.vjp(forward, [fixed[v] for v in wanted])
+            (gradients,) = transpose(cotangents)
+            for i, other in zip(adds, sums, strict=True):
+                gradients[i] = gradients[i] + other
+            return tuple(gradients)
+
+        key = (
+            "reverse",
+            equations_key(step.equations, (*values, *weights), given),
+            tuple(numbers[v] for v in wanted),
+            tuple(adds),
+        )
+        moving = _avals((*values, *given, *known))
+        program = self._program(key, run, moving, _avals(weights))
+        return program, tuple(self._slot(v) for v in values), self._weight_slots(weights)
+
+
+hole_p = jex.Primitive("nnopt_hole")
+hole_p.multiple_results = True
+
+
+@hole_p.def_abstract_eval
+def _hole_outputs(*inputs: Any, index: int, outputs: tuple[Any, ...]) -> list[Any]:
+    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in outputs]
+
+
+def _dependent(flat: Flat, inputs: Iterable[Value]) -> set[Value]:
+    found = set(inputs)
+    for equation in flat.equations:
+        if any(a in found for a in equation.inputs if isinstance(a, Value)):
+            found.update(equation.outputs)
+    return found
+
+
+def _avals(values: Iterable[Value]) -> list[Any]:
+    return [v.aval for v in values]
+
+
+def _spec(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)

@@ -1,0 +1,407 @@
+"""The engine: scores a stream of networks that differ in their units, without compiling one of them as a whole.
+
+A network is cut at *units* (its residual blocks, or any sites). What is left is the skeleton, with holes. Skeleton and units are
+each a chain of small compiled programs (`scores.chain`) that equal pieces share, so after a few candidates of a space nothing is
+traced or compiled any more: a candidate is a row of calls.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nnopt.core import (
+    Example,
+    Keeps,
+    ResidualBlocks,
+    Rewrite,
+    Selector,
+    Sites,
+    fingerprint,
+    select,
+    sites,
+)
+from nnopt.core.patch import Patch, Patched
+from nnopt.core.paths import path_text
+from nnopt.core.rewrite import rewrite_traced
+from nnopt.errors import SelectionError, UnsupportedNetworkError
+from nnopt.scores.chain import Chain, Flags, Hole, HoleReverse, Probe, Reverse, hole_p
+from nnopt.scores.programs import ProgramCache
+from nnopt.scores.units import Initialiser, Unit, trace_unit
+from nnopt.typing import Edits, Path
+
+Result = TypeVar("Result", covariant=True)
+
+
+class Look(Protocol[Result]):
+    """What a score looks at, and what it makes of what was observed."""
+
+    def probes(self, unit: Unit, path: Path) -> list[Probe]:
+        """Where to look in a unit that stands at a path, or in the skeleton, `()`. Labels are paths in the network."""
+        ...
+
+    def result(self, observed: Mapping[str, Sequence[np.ndarray]], batch: int) -> Result:
+        """The score, from what was observed at each probe, in the order of the network."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStatistics:
+    """What an engine has done so far.
+
+    Attributes:
+        evaluations: networks run, once for each key.
+        units: distinct units traced.
+        skeletons: distinct skeletons traced.
+        programs: distinct programs.
+        compiled: programs compiled.
+        compile_seconds: wall time of compiling them.
+    """
+
+    evaluations: int
+    units: int
+    skeletons: int
+    programs: int
+    compiled: int
+    compile_seconds: float
+
+
+@dataclasses.dataclass(eq=False)
+class _Piece:
+    """A unit or skeleton at its path: traced, cut, with what initialises it, and its weights by PRNG key."""
+
+    unit: Unit
+    chain: Chain
+    initialise: Initialiser
+    bound: dict[bytes, tuple[int, list[Any]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidate:
+    """A network made ready to be run.
+
+    Attributes:
+        skeleton: what is left around the units.
+        pieces: the units, in call order.
+        reverse: the reverse pass of the skeleton.
+        reverses: those of the units; None for a unit that needs none.
+    """
+
+    skeleton: _Piece
+    pieces: tuple[_Piece, ...]
+    reverse: Reverse
+    reverses: tuple[Reverse | None, ...]
+
+
+class Engine(Generic[Result]):
+    """Scores networks that share a skeleton.
+
+    Attributes:
+        units: paths of the units, in call order.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        example: Any,
+        look: Look[Result],
+        *,
+        loss: Callable[[jax.Array, jax.Array], jax.Array],
+        where: Selector | str | None = None,
+        device: Any = None,
+    ) -> None:
+        """Cuts a network.
+
+        Args:
+            net: any linen network.
+            example: an `Example` of the scored batch as the network takes it in training, `Example(images, train=True)`.
+            look: which score.
+            loss: `(outputs, labels) -> scalar`, a mean over the batch.
+            where: the units; residual blocks by default.
+            device: where to run; JAX's default device if None.
+
+        Raises:
+            SelectionError: `where` selects nothing, one unit inside another, or a site that cannot be cut out.
+        """
+        self._example = Example.of(example)
+        self._look = look
+        self._loss = loss
+        self._cache = ProgramCache(device)
+        self._platform = (device or jax.devices()[0]).platform
+        self._sites = sites(net, self._example)
+        self.units = _units(select(self._sites, ResidualBlocks() if where is None else where))
+        images = self._example.args[0]
+        self._batch = images.shape[0]
+        self._codes: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
+        self._units: dict[tuple[str, str, Path], Unit] = {}
+        self._pieces: dict[tuple[Path, str], _Piece] = {}
+        self._evaluations = 0
+        self._one = jax.device_put(jnp.ones((), images.dtype), device)
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """What it has done so far."""
+        done = self._cache.statistics
+        skeletons = sum(not path for path, _ in self._pieces)
+        return EngineStatistics(
+            self._evaluations,
+            len(self._pieces) - skeletons,
+            skeletons,
+            done.programs,
+            done.compiled,
+            done.seconds,
+        )
+
+    # -- planning -----------------------------------------------------------------------------------------------------
+
+    def candidate(self, edits: Mapping[Path, nn.Module] | None = None) -> Candidate:
+        """Makes a network ready: the base network with these modules standing at these paths.
+
+        Units that are new are traced and cut here; programs are compiled when they first run (or by `compile`).
+        """
+        outside, inside = self._split(edits or {})
+        skeleton = self._skeleton(outside)
+        pieces = tuple(
+            self._piece(path, inside.get(path, self._sites[path].module)) for path in self.units
+        )
+        seen: dict[int, tuple[Flags, Flags]] = {}
+
+        def fill(index: int, inputs: Flags) -> Flags:
+            seen[index] = inputs, pieces[index].chain.active(inputs)
+            return seen[index][1]
+
+        still = (False,) * len(skeleton.unit.arrays)
+        skeleton.chain.active(still, fill)
+        outputs = tuple(seen[i][1] for i in range(len(pieces)))
+        reverse = skeleton.chain.reverse(still, (True,), outputs)
+        reverses: list[Reverse | None] = [None] * len(pieces)
+        for part in reverse.parts:
+            if isinstance(part, HoleReverse):
+                given = tuple(slot is not None for slot in part.cotangents)
+                chain = pieces[part.index].chain
+                reverses[part.index] = chain.reverse(seen[part.index][0], given)
+        for piece, done in ((skeleton, reverse), *zip(pieces, reverses, strict=True)):
+            missed = piece.chain.missed(done)
+            if missed:
+                raise UnsupportedNetworkError(
+                    f"the loss does not depend on {missed[0]!r}, so there is nothing to score there; "
+                    "select other units, or mend the network"
+                )
+        return Candidate(skeleton, pieces, reverse, tuple(reverses))
+
+    def _split(self, edits: Mapping[Path, nn.Module]) -> tuple[Edits, dict[Path, nn.Module]]:
+        """Edits of the skeleton, and the module of each unit that is edited."""
+        outside: dict[Path, nn.Module] = {}
+        inside: dict[Path, dict[Path, nn.Module]] = {}
+        for path, module in edits.items():
+            unit = next((u for u in self.units if path[: len(u)] == u), None)
+            if unit is None:
+                outside[path] = module
+            else:
+                inside.setdefault(unit, {})[path[len(unit) :]] = module
+        modules = {}
+        for unit, below in inside.items():
+            base = below.pop((), self._sites[unit].module)
+            modules[unit] = Patched(base, Patch(below), parent=None) if below else base
+        return outside, modules
+
+    def _piece(self, path: Path, module: nn.Module) -> _Piece:
+        code = self._code(module)
+        if (path, code) not in self._pieces:
+            call = Example(*self._sites[path].calls[0].args, **self._sites[path].calls[0].kwargs)
+            unit = trace_unit(module, call, path)
+            self._pieces[path, code] = self._cut(unit, module, call, path)
+        return self._pieces[path, code]
+
+    def _skeleton(self, edits: Edits) -> _Piece:
+        code = Patch(edits).digest()
+        if ((), code) not in self._pieces:
+            edited = rewrite_traced(self._sites, _Stand(tuple(edits.items()))) if edits else None
+            found = self._sites if edited is None else sites(edited, self._example)
+            skeleton = rewrite_traced(found, _CutOut(self.units))
+
+            def summed_loss(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+                # The sum instead of the mean keeps cotangents of order one.
+                return self._loss(outputs, labels) * self._batch
+
+            labels = jax.ShapeDtypeStruct((self._batch,), jnp.int32)
+            unit = trace_unit(skeleton, self._example, extra=(labels,), finish=summed_loss)
+            self._pieces[(), code] = self._cut(unit, skeleton, self._example, ())
+        return self._pieces[(), code]
+
+    def _cut(self, unit: Unit, module: nn.Module, call: Example, path: Path) -> _Piece:
+        probes = self._look.probes(unit, path)
+        chain = Chain(unit.flat, unit.arrays, self._cache, probes, platform=self._platform)
+        return _Piece(unit, chain, Initialiser(module, call, path, unit.used()), {})
+
+    def _code(self, module: nn.Module) -> str:
+        """The fingerprint of a module; one that was seen before is known by its identity."""
+        known = self._codes.get(id(module))
+        if known is None or known[0]() is not module:
+            identity = id(module)
+            reference = weakref.ref(module, lambda _: self._codes.pop(identity, None))
+            known = self._codes[identity] = (reference, fingerprint(module))
+        return known[1]
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def run(
+        self, candidate: Candidate, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> dict[str, list[jax.Array]]:
+        """Runs a network forward and back; on an accelerator, returns before that is done.
+
+        Args:
+            candidate: from `candidate`.
+            images: `[batch, height, width, channels]`, on the engine's device.
+            labels: int32 `[batch]`, likewise.
+            key: the weights are those of `net.init(key, ...)`. They are kept, and used again for the same key.
+
+        Returns:
+            What was observed at each probe.
+        """
+        self._evaluations += 1
+        skeleton, pieces = candidate.skeleton, candidate.pieces
+        code = np.asarray(jax.random.key_data(key)).tobytes()
+        env = self._weights(skeleton, key, code)
+        envs = [self._weights(piece, key, code) for piece in pieces]
+        for slot, array in zip(skeleton.chain.inputs, (images, labels), strict=True):
+            env[slot] = array
+        for part in skeleton.chain.forward:
+            if isinstance(part, Hole):
+                chain, inner = pieces[part.index].chain, envs[part.index]
+                _move(env, part.inputs, inner, chain.inputs)
+                _run(chain.forward, inner)
+                _move(inner, chain.outputs, env, part.outputs)
+            else:
+                _run((part,), env)
+        env[skeleton.chain.cotangent_slot(0)] = self._one
+        for step in candidate.reverse.parts:
+            if isinstance(step, HoleReverse):
+                chain, inner = pieces[step.index].chain, envs[step.index]
+                reverse = candidate.reverses[step.index]
+                assert reverse is not None
+                _move(env, step.cotangents, inner, map(chain.cotangent_slot, range(len(step.cotangents))))
+                _run(reverse.parts, inner)
+                _move(inner, reverse.inputs, env, step.gradients)
+            else:
+                _run((step,), env)
+        observed = {}
+        passes = [*zip(pieces, envs, candidate.reverses, strict=True)]
+        for piece, inner, done in [*passes, (skeleton, env, candidate.reverse)]:
+            found = [*piece.chain.observed, *(done.observed if done is not None else ())]
+            for i, slots in sorted(found):
+                observed[piece.chain.probes[i].label] = [inner[slot] for slot in slots]
+        return observed
+
+    def score(
+        self,
+        candidate: Candidate,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array,
+    ) -> Result:
+        """`run`, and the score of what was observed."""
+        observed = jax.device_get(self.run(candidate, images, labels, key))
+        return self._look.result(observed, self._batch)
+
+    def _weights(self, piece: _Piece, key: jax.Array, code: bytes) -> list[Any]:
+        """A fresh `env` of a piece with its weights in place."""
+        chain = piece.chain
+        count, bound = piece.bound.get(code, (-1, []))
+        if count != chain.weights:
+            values = [piece.unit.variables[i] for i in piece.unit.used()]
+            weights = dict(zip(values, piece.initialise(key, self._cache), strict=True))
+            weights[piece.unit.key] = jax.random.fold_in(key, 2)
+            bound = chain.bind(weights)
+            piece.bound[code] = chain.weights, bound
+        return chain.grown(bound)
+
+
+def _run(instructions: Iterable[Any], env: list[Any]) -> None:
+    for program, reads, writes in instructions:
+        results = program.run(*[env[i] for i in reads])
+        for slot, result in zip(writes, results, strict=True):
+            env[slot] = result
+
+
+def _move(
+    source: list[Any], reads: Iterable[int | None], target: list[Any], writes: Iterable[int | None]
+) -> None:
+    for read, write in zip(reads, writes, strict=True):
+        if read is not None and write is not None:
+            target[write] = source[read]
+
+
+class _Outputs:
+    """Shapes and structure of what a unit returns; opaque to Flax, which would adopt a pytree."""
+
+    def __init__(self, outputs: Any) -> None:
+        leaves, self.tree = jax.tree.flatten(outputs)
+        self.specs = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+    def encoded(self) -> str:
+        """What it is, for fingerprints."""
+        return repr((self.specs, self.tree))
+
+
+class _Cut(nn.Module):
+    """Stands where a unit was cut out."""
+
+    index: int
+    outputs: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arrays = [a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array)]
+        found = hole_p.bind(*arrays, index=self.index, outputs=self.outputs.specs)
+        return jax.tree.unflatten(self.outputs.tree, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CutOut(Rewrite):
+    """`unit -> hole`, at each of these paths."""
+
+    keeps = Keeps.OUTPUT_SPEC
+
+    paths: tuple[Path, ...]
+
+    def __call__(self, sites: Sites) -> Edits:
+        return {
+            path: _Cut(i, _Outputs(sites[path].outputs), parent=None)
+            for i, path in enumerate(self.paths)
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stand(Rewrite):
+    """Modules at given paths."""
+
+    keeps = Keeps.OUTPUT_SPEC
+
+    edits: tuple[tuple[Path, nn.Module], ...]
+
+    def __call__(self, sites: Sites) -> Edits:
+        return dict(self.edits)
+
+
+def _units(chosen: Sites) -> tuple[Path, ...]:
+    if not len(chosen):
+        raise SelectionError("nothing is selected to be cut out; select the sites that differ between candidates")
+    for site in chosen:
+        text = path_text(site.path)
+        stacked = {"scan", "vmap"} & set(site.lifted)
+        if stacked:
+            raise SelectionError(
+                f"{text!r} stands for several layers stacked by nn.{stacked.pop()}, so it cannot be cut out; write the layers out"
+            )
+        if len(site.calls) != 1 or site.calls[0].method != "__call__":
+            raise SelectionError(f"{text!r} is called {len(site.calls)} times, so it cannot be cut out as one unit")
+        inner = [p for p in chosen.paths if len(p) > len(site.path) and p[: len(site.path)] == site.path]
+        if inner or not site.path:
+            below = path_text(inner[0]) if inner else "the network itself"
+            raise SelectionError(f"{text!r} and {below!r} lie inside one another; select one of them")
+    return chosen.paths
