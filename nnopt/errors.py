@@ -65,3 +65,7 @@ class SearchError(NnoptError):
 
 class ResultFolderError(NnoptError):
     """A result folder cannot be written, or belongs to another run."""
+
+
+class ScoreError(NnoptError):
+    """A score is not defined for this network or minibatch: no ReLU, a batch of one, labels out of range."""

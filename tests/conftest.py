@@ -6,6 +6,7 @@ import pathlib
 import jax
 import pytest
 
+os.environ.setdefault("NNOPT_CACHE", "off")  # what is compiled in a test is compiled
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

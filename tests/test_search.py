@@ -177,10 +177,9 @@ def test_candidates_lie_in_the_budget(many, thousand):
     assert [many.space.names(many.draw(i)) for i in range(50)] == mine
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_what_was_drawn_before_is_not_scored_again(workers, many, thousand):
+def test_what_was_drawn_before_is_not_scored_again(many, thousand):
     calls, told = [], []
-    rows = score_all(many, [], told.append, score=hashed(many, calls), workers=workers)
+    rows = score_all(many, [], told.append, score=hashed(many, calls))
     assert plain(rows) == plain(thousand)
     assert told == rows  # in order, whoever was ready first
     assert len(calls) == len(set(calls)) == len({r.names for r in rows}) < 1000
@@ -205,7 +204,7 @@ def keep_scoring():
         store.add(row)
         print(row.index, flush=True)
 
-    score_all(problem, list(store), on_scored, score=hashed(problem), workers=3)
+    score_all(problem, list(store), on_scored, score=hashed(problem))
     store.close()
 
 
@@ -245,7 +244,7 @@ def test_a_failing_score_ends_the_search(many):
         return hashed(many)(index)
 
     with pytest.raises(RuntimeError, match="no memory"):
-        score_all(many, [], told.append, score=failing, workers=2)
+        score_all(many, [], told.append, score=failing)
     assert [r.index for r in told] == list(range(7))
 
 
@@ -364,7 +363,7 @@ def killed_in_scoring():
         return made
 
     Problem.score = dying
-    run(SPEC, sys.argv[1], workers=1)
+    run(SPEC, sys.argv[1])
 
 
 def killed_in_training():
@@ -379,7 +378,7 @@ def killed_in_training():
         return made
 
     Trainer.run_epoch = dying
-    run(SPEC, sys.argv[1], workers=1)
+    run(SPEC, sys.argv[1])
 
 
 @pytest.fixture(scope="module")
@@ -393,13 +392,13 @@ def searches(tmp_path_factory):
     ):
         shrink(patch.setattr)
         watching = Watching()
-        through = run(SPEC, base / "through", workers=2, watcher=watching)
+        through = run(SPEC, base / "through", watcher=watching)
         assert first.wait() == -signal.SIGKILL
         shutil.copytree(killed, base / "scoring")
         assert child("t.killed_in_training()", killed).wait() == -signal.SIGKILL
         shutil.copytree(killed, base / "training")
         resuming = Watching()
-        resumed = run(SPEC, killed, workers=1, watcher=resuming)
+        resumed = run(SPEC, killed, watcher=resuming)
     return through, resumed, watching, resuming, base
 
 
@@ -409,8 +408,10 @@ def test_killed_and_resumed(searches):
     assert [r.index for r in store] == [0, 1]
     store.close()
     assert not (base / "training" / "result.json").exists()
-    assert watching.phases[:2] == [("scoring candidates", 4, 0), ("training the winner", 2, 0)]
-    assert watching.units == [4, 2, 1]
+    (compiling, programs, done), *phases = watching.phases
+    assert (compiling, done) == ("compiling programs", 0)
+    assert phases[:2] == [("scoring candidates", 4, 0), ("training the winner", 2, 0)]
+    assert watching.units == [programs, 4, 2, 1]
     assert resuming.phases[:2] == [("scoring candidates", 4, 4), ("training the winner", 2, 1)]
     assert resuming.units == [0, 1, 1]
 

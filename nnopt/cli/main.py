@@ -8,12 +8,14 @@ from typing import Annotated
 import tyro
 
 from nnopt.cli.rewrite import RewriteCommand
+from nnopt.cli.score import ScoreCommand
 from nnopt.cli.search import SearchCommand
 from nnopt.cli.show import ShowCommand
 from nnopt.errors import NnoptError
 
 Command = (
     Annotated[SearchCommand, tyro.conf.subcommand("search")]
+    | Annotated[ScoreCommand, tyro.conf.subcommand("score")]
     | Annotated[RewriteCommand, tyro.conf.subcommand("rewrite")]
     | Annotated[ShowCommand, tyro.conf.subcommand("show")]
 )

@@ -3,31 +3,20 @@
 import dataclasses
 import os
 import pathlib
-import time
 from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from nnopt.cli.bars import Bars as _Bars
 from nnopt.search.budget import parse_budget
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchCommand:
     """Find the best network within a parameter budget by replacing its blocks, guided by Fisher potential.
 
-    Draws candidates inside the budget, scores them all on one minibatch without training, trains the best one, times it against the
+    Draws candidates inside the budget, scores them all on a few images without training, trains the best one, times it against the
     base network, and writes a report. A killed search resumes with the same command.
 
     Example: nnopt search --network wrn-16-2 --data digits --budget 200K --samples 50
@@ -53,12 +42,15 @@ class SearchCommand:
     """How far a candidate may be from the budget, as a fraction of it."""
     choices: Literal["code", "paper"] = "code"
     """Block choices: the 23 of the released BlockSwap code, or the 21 of the paper."""
-    score_batch: int = 32
-    """Images in the minibatch that scores. Scores compare only at equal batch."""
+    score_batch: int = 4
+    """Images in a minibatch that scores. Scores compare only at equal batch."""
+    score_seeds: int = 2
+    """Minibatches, each with other weights. Two seeds of a small batch rank better than one of a large batch; the paper takes one of
+    128 images."""
     epochs: int | None = None
     """Epochs to train the winner for; by default a short training, 8 on digits and 20 on CIFAR."""
     workers: int | None = None
-    """Candidates in flight at a time, which changes no result; one for each core by default."""
+    """Processes that score; by default one for each core, or a single one if there are few candidates."""
     out: Annotated[pathlib.Path, tyro.conf.arg(metavar="FOLDER")] = pathlib.Path("results/search")
     """Result folder. One search lives in one folder."""
 
@@ -85,6 +77,7 @@ class SearchCommand:
             seed=self.seed,
             choices=self.choices,
             score_batch=self.score_batch,
+            score_seeds=self.score_seeds,
             recipe=recipe,
         )
         if self.download:
@@ -108,49 +101,3 @@ def _download(data: str, folder: str | None) -> None:
             "--download needs a folder to put the data set into: give --data-dir or set NNOPT_DATA"
         )
     download_cifar(data, folder)
-
-
-class _Bars:
-    """Progress bars with counts and the time left; where there is no terminal, a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<20}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._console = console
-        self._task: TaskID | None = None
-        self._next_line = 0.0
-
-    def __enter__(self) -> "_Bars":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def phase(self, name: str, total: int, done: int = 0) -> None:
-        """See `nnopt.search.run.Watcher`."""
-        self._task = self._progress.add_task(name, total=total, note="")
-        # Told by an update, the bar of a phase that was complete before stops its clock.
-        self._progress.update(self._task, completed=done)
-        self._next_line = 0.0
-
-    def advance(self, note: str = "") -> None:
-        """See `nnopt.search.run.Watcher`."""
-        assert self._task is not None
-        self._progress.update(self._task, advance=1, note=note)
-        task = self._progress.tasks[self._task]
-        now = time.monotonic()
-        if not self._console.is_terminal and (now >= self._next_line or task.finished):
-            left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
-            line = f"{task.description}: {task.completed:.0f}/{task.total:.0f}{left}, {note}"
-            self._console.print(line, soft_wrap=True, highlight=False)
-            self._next_line = now + _SECONDS_BETWEEN_LINES

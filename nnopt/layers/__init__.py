@@ -1,8 +1,23 @@
 """Linen modules that rewrites put in place."""
 
 from nnopt.layers.combinators import GATES, TAPS, Gate, Identity, Tap, Then
-from nnopt.layers.conv import Conv, block_diagonal, grouped_conv_general_dilated
+from nnopt.layers.conv import Conv, LoweredConvolution
+from nnopt.layers.conv_primitives import convolve
+from nnopt.layers.dense_lowerings import block_diagonal, diagonal_blocks
 from nnopt.layers.instrument import AddGate, AddTap
+from nnopt.layers.lowering import (
+    ConvShape,
+    Direction,
+    Fenced,
+    Lowering,
+    Native,
+    Pointwise,
+    ShiftedPlanes,
+    ShiftedSum,
+    SplitGroups,
+    choose,
+    explain,
+)
 from nnopt.layers.residual import (
     BottleneckOperator,
     DenseOperator,
@@ -18,14 +33,27 @@ __all__ = [
     "AddTap",
     "BottleneckOperator",
     "Conv",
+    "ConvShape",
     "DenseOperator",
+    "Direction",
+    "Fenced",
     "Gate",
     "GroupedOperator",
     "Identity",
+    "LoweredConvolution",
+    "Lowering",
+    "Native",
+    "Pointwise",
     "PreActivationBlock",
+    "ShiftedPlanes",
+    "ShiftedSum",
+    "SplitGroups",
     "Tap",
     "Then",
     "TrainingFlag",
     "block_diagonal",
-    "grouped_conv_general_dilated",
+    "choose",
+    "convolve",
+    "diagonal_blocks",
+    "explain",
 ]

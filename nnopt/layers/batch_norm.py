@@ -60,9 +60,7 @@ def standardise(x: jax.Array, epsilon: float) -> jax.Array:
     square = jnp.mean(constant * constant, axes, keepdims=True)
     variance = jnp.maximum(square - mean * mean, 0.0)
     inverse = lax.rsqrt(variance + epsilon)
-    return _standardise(
-        x, checkpoint_name(mean, STATISTICS), checkpoint_name(inverse, STATISTICS)
-    )
+    return _standardise(x, checkpoint_name(mean, STATISTICS), checkpoint_name(inverse, STATISTICS))
 
 
 def lean_batch_norm(
@@ -71,25 +69,27 @@ def lean_batch_norm(
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    """The interceptor (for `nn.intercept_methods`) that gives each plain `nn.BatchNorm` in training this derivative.
+    """The interceptor (for `nn.intercept_methods` around `apply`) that gives each plain `nn.BatchNorm` in training this derivative.
 
+    Running statistics are not updated.
     Batch norms with running statistics, masks, other axes, or statistics shared between devices stay as they are.
     """
-    out = next_fun(*args, **kwargs)  # declares parameters, updates running statistics
     norm = context.module
     if type(norm) is not nn.BatchNorm or context.method_name != "__call__":
-        return out
+        return next_fun(*args, **kwargs)
     running = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
     running = norm.use_running_average if running is None else running
     mask = kwargs.get("mask", args[2] if len(args) > 2 else None)
     x = args[0] if args else kwargs["x"]
     plain = norm.axis in (-1, x.ndim - 1) and norm.axis_name is None and norm.use_fast_variance
-    if running or mask is not None or not plain or out.dtype != x.dtype:
-        return out
+    same = norm.dtype in (None, x.dtype) and x.dtype in (jnp.float32, jnp.float64)
+    if running or mask is not None or not plain or not same:
+        return next_fun(*args, **kwargs)
     y = standardise(x, norm.epsilon)
     shape = (1,) * (x.ndim - 1) + (-1,)
+    parameters = norm.variables.get("params", {})
     if norm.use_scale:
-        y = y * norm.variables["params"]["scale"].reshape(shape)
+        y = y * parameters["scale"].astype(x.dtype).reshape(shape)
     if norm.use_bias:
-        y = y + norm.variables["params"]["bias"].reshape(shape)
-    return y.astype(out.dtype)
+        y = y + parameters["bias"].astype(x.dtype).reshape(shape)
+    return y

@@ -12,6 +12,7 @@ after a probe have cotangents: no gradient of a weight is computed, and none of 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from nnopt.errors import UnsupportedNetworkError
 from nnopt.layers.batch_norm import STATISTICS
 from nnopt.layers.lowering import ConvShape, Direction, Lowering, choose
 from nnopt.scores.programs import Program, ProgramCache, equations_key
+from nnopt.typing import Path
 
 Instruction = tuple[Program, tuple[int, ...], tuple[int, ...]]
 """A program, the slots it reads and the slots it writes."""
@@ -46,12 +48,12 @@ class Probe:
     """A value that is looked at.
 
     Attributes:
-        label: what it is called in the result.
+        path: what it is called in the result: a path in the chain's module.
         value: of the flat program.
         observer: what is computed from it.
     """
 
-    label: str
+    path: Path
     value: Value
     observer: Observer
 
@@ -107,6 +109,15 @@ class _Step:
     equations: tuple[FlatEquation, ...] = ()
     conv: ConvShape | None = None
     hole: int | None = None
+
+    @property
+    def is_addition(self) -> bool:
+        """Whether it adds two different values of one shape: both get the cotangent as it is."""
+        if len(self.equations) != 1 or len(self.inputs) != 2:
+            return False
+        (equation,) = self.equations
+        same = len({v.aval.shape for v in (*self.inputs, *self.outputs)}) == 1
+        return same and equation.primitive.name in ("add", "add_any")
 
 
 class Chain:
@@ -303,12 +314,22 @@ class Chain:
         known: dict[Value, Any] = {**dict(self._flat.constants), **weights}
         env: list[Any] = [None] * len(self._slots)
         for slot, value in self._sources.items():
-            env[slot] = self._weight(value, known)
+            env[slot] = jax.device_put(self._weight(value, known), self._cache.device)
         for (kernel, shape, direction, lowering), slots in self._prepared.items():
-            arrays = lowering.prepare(shape, direction, self._weight(kernel, known))
+            program = self._preparation(shape, direction, lowering)
+            arrays = program.run(self._weight(kernel, known))
             for slot, array in zip(slots, arrays, strict=True):
-                env[slot] = jax.device_put(array, self._cache.device)
+                env[slot] = array
         return env
+
+    def _preparation(self, shape: ConvShape, direction: Direction, lowering: Lowering) -> Program:
+        """The program that prepares a kernel for a lowering."""
+
+        def run(kernel: jax.Array) -> tuple[jax.Array, ...]:
+            return tuple(lowering.prepare(shape, direction, kernel))
+
+        kernel = jax.ShapeDtypeStruct(shape.kernel, shape.dtype)
+        return self._cache.get(("prepare", shape, direction, lowering), run, [kernel])
 
     def _weight(self, value: Value, known: dict[Value, Any]) -> Any:
         if value not in known:
@@ -328,11 +349,11 @@ class Chain:
         """A copy of a bound `env` with room for every value."""
         return bound + [None] * (len(self._slots) - len(bound))
 
-    def missed(self, reverse: Reverse | None) -> list[str]:
-        """Labels of the probes with a gradient that a reverse pass does not come by."""
+    def missed(self, reverse: Reverse | None) -> list[Path]:
+        """Paths of the probes with a gradient that a reverse pass does not come by."""
         seen = {i for i, _ in reverse.observed} if reverse is not None else set()
         needed = (i for i, p in enumerate(self.probes) if p.observer.needs_gradient)
-        return [self.probes[i].label for i in needed if i not in seen]
+        return [self.probes[i].path for i in needed if i not in seen]
 
     # -- programs -----------------------------------------------------------------------------------------------------
 
@@ -377,12 +398,9 @@ class Chain:
         """The program of a convolution, or of its input gradient, and the slots of its prepared kernel."""
         shape, (kernel,) = step.conv, step.weights
         assert shape is not None
-        lowering = choose(shape, direction, self._platform, alone=True)
-        prepared = jax.eval_shape(
-            lambda k: lowering.prepare(shape, direction, k),
-            jax.ShapeDtypeStruct(shape.kernel, shape.dtype),
-        )
+        lowering, prepared = _lowered(shape, direction, self._platform)
         where = (kernel, shape, direction, lowering)
+        self._preparation(shape, direction, lowering)
         if where not in self._prepared:
             slots = tuple(self._slot((*where, i)) for i in range(len(prepared)))
             self._prepared[where] = slots
@@ -404,7 +422,7 @@ class Chain:
         probe = self.probes[index]
         arrays = _avals([probe.value] * len(reads))
         program = self._program(("observe", probe.observer), probe.observer, arrays, ())
-        count = len(jax.eval_shape(probe.observer, *map(_spec, arrays)))
+        count = _outputs_of(probe.observer, *((a.shape, a.dtype) for a in arrays))
         slots = tuple(self._slot(("observed", index, i)) for i in range(count))
         return (program, reads, slots), slots
 
@@ -450,7 +468,7 @@ class Chain:
 
     def cotangent_slot(self, output: int) -> int:
         """The slot in which the reverse pass expects the cotangent of an output (one slot for one value)."""
-        return self._slot(("cotangent", self._flat.outputs[output], 0))
+        return self._slot(("cotangent", self._flat.outputs[output]))
 
     def _reversed(
         self,
@@ -459,62 +477,63 @@ class Chain:
         hole_flags: tuple[Flags, ...],
     ) -> Reverse:
         active = self._active(inputs, lambda index, _: hole_flags[index])
-        versions: dict[Value, int] = {}
         parts: list[Instruction | HoleReverse] = []
         observed: list[tuple[int, tuple[int, ...]]] = []
         by_value: dict[Value, list[int]] = {}
         for i, probe in enumerate(self.probes):
             if probe.observer.needs_gradient:
                 by_value.setdefault(probe.value, []).append(i)
+        at = {  # where the cotangent of a value is, or what there is of it so far
+            value: self.cotangent_slot(i)
+            for i, (value, on) in enumerate(zip(self._flat.outputs, outputs, strict=True))
+            if on
+        }
 
-        def slot(value: Value) -> int:
-            return self._slot(("cotangent", value, versions[value]))
-
-        def next_slot(value: Value) -> int:
-            # A value used in several places gets a sum, each partial one in a slot of its own.
-            versions[value] = versions.get(value, -1) + 1
-            return slot(value)
-
-        for value, on in zip(self._flat.outputs, outputs, strict=True):
-            if on and isinstance(value, Value):
-                versions[value] = 0
+        def fresh(value: Value) -> int:
+            return self._slot(("cotangent", value, len(parts)))
 
         def look(values: Iterable[Value]) -> None:
             for value in values:
-                for i in by_value.get(value, ()) if value in versions else ():
-                    instruction, slots = self._observe(i, (self._slot(value), slot(value)))
+                for i in by_value.get(value, ()) if value in at else ():
+                    instruction, slots = self._observe(i, (self._slot(value), at[value]))
                     parts.append(instruction)
                     observed.append((i, slots))
 
+        def add(value: Value, slot: int) -> None:
+            """Takes a cotangent that is in a slot."""
+            if value in at:
+                to = fresh(value)
+                parts.append(self._sum(value, (at[value], slot), to))
+                slot = to
+            at[value] = slot
+
         for step in reversed(self._steps):
             look(step.outputs)
-            given = [v for v in step.outputs if v in versions]
-            wanted = list(dict.fromkeys(v for v in step.inputs if v in active))
+            given = [v for v in step.outputs if v in at]
+            wanted = [v for v in step.inputs if v in active]
             if not given or not (wanted or step.hole is not None):
                 continue
-            known = [v for v in wanted if v in versions]
-            cotangents = {v: slot(v) for v in given}
-            sums = tuple(slot(v) for v in known)
             if step.hole is not None:
-                ins = tuple(cotangents.get(v) for v in step.outputs)
-                fresh = tuple(
-                    self._slot(("hole", step.hole, i)) if v in active else None
-                    for i, v in enumerate(step.inputs)
-                )
-                parts.append(HoleReverse(step.hole, ins, fresh))
-                for v, new in zip(step.inputs, fresh, strict=True):
-                    if new is None:
-                        continue
-                    terms = (new, slot(v)) if v in versions else (new,)
-                    parts.append(self._sum(v, terms, next_slot(v)))
-                continue
-            writes = tuple(next_slot(v) for v in wanted)
-            program, reads, weights = self._reverse_program(step, given, wanted, known)
-            parts.append((program, (*reads, *cotangents.values(), *sums, *weights), writes))
+                ins = tuple(at.get(v) for v in step.outputs)
+                slots = tuple(fresh(v) if v in active else None for v in step.inputs)
+                parts.append(HoleReverse(step.hole, ins, slots))
+                for value, slot in zip(step.inputs, slots, strict=True):
+                    if slot is not None:
+                        add(value, slot)
+            elif step.is_addition:
+                for value in wanted:
+                    add(value, at[given[0]])
+            else:
+                known = [v for v in wanted if v in at]
+                sums = [at[v] for v in known]
+                writes = tuple(map(fresh, wanted))
+                program, reads, weights = self._reverse_program(step, given, wanted, known)
+                cotangents = [at[v] for v in given]
+                parts.append((program, (*reads, *cotangents, *sums, *weights), writes))
+                at.update(zip(wanted, writes, strict=True))
         look(self._inputs)
         gradients = tuple(
-            slot(v) if on and v in versions else None
-            for v, on in zip(self._inputs, inputs, strict=True)
+            at.get(v) if on else None for v, on in zip(self._inputs, inputs, strict=True)
         )
         return Reverse(tuple(parts), gradients, tuple(observed))
 
@@ -591,5 +610,16 @@ def _avals(values: Iterable[Value]) -> list[Any]:
     return [v.aval for v in values]
 
 
-def _spec(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+@functools.cache
+def _lowered(
+    shape: ConvShape, direction: Direction, platform: str
+) -> tuple[Lowering, tuple[jax.ShapeDtypeStruct, ...]]:
+    """The lowering of a convolution, and the shapes of its prepared kernel."""
+    lowering = choose(shape, direction, platform, alone=True)
+    kernel = jax.ShapeDtypeStruct(shape.kernel, shape.dtype)
+    return lowering, jax.eval_shape(lambda k: lowering.prepare(shape, direction, k), kernel)
+
+
+@functools.cache
+def _outputs_of(observer: Observer, *arrays: tuple[tuple[int, ...], Any]) -> int:
+    return len(jax.eval_shape(observer, *(jax.ShapeDtypeStruct(*a) for a in arrays)))

@@ -30,6 +30,7 @@ from nnopt.core.patch import Patch, Patched
 from nnopt.core.paths import path_text
 from nnopt.core.rewrite import rewrite_traced
 from nnopt.errors import SelectionError, UnsupportedNetworkError
+from nnopt.scores.cache import keep_compiled_programs
 from nnopt.scores.chain import Chain, Flags, Hole, HoleReverse, Probe, Reverse, hole_p
 from nnopt.scores.programs import ProgramCache
 from nnopt.scores.units import Initialiser, Unit, trace_unit
@@ -41,8 +42,8 @@ Result = TypeVar("Result", covariant=True)
 class Look(Protocol[Result]):
     """What a score looks at, and what it makes of what was observed."""
 
-    def probes(self, unit: Unit, path: Path) -> list[Probe]:
-        """Where to look in a unit that stands at a path, or in the skeleton, `()`. Labels are paths in the network."""
+    def probes(self, unit: Unit) -> list[Probe]:
+        """Where to look in a unit, or in the skeleton. Labels are paths in it."""
         ...
 
     def result(self, observed: Mapping[str, Sequence[np.ndarray]], batch: int) -> Result:
@@ -71,14 +72,30 @@ class EngineStatistics:
     compile_seconds: float
 
 
-@dataclasses.dataclass(eq=False)
-class _Piece:
-    """A unit or skeleton at its path: traced, cut, with what initialises it, and its weights by PRNG key."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """A unit or skeleton: traced, cut, and what initialises it."""
 
     unit: Unit
     chain: Chain
     initialise: Initialiser
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Piece:
+    """A plan at a path, with its weights by PRNG key. Equal units at several paths share a plan."""
+
+    path: Path
+    plan: _Plan
     bound: dict[bytes, tuple[int, list[Any]]]
+
+    @property
+    def chain(self) -> Chain:
+        return self.plan.chain
+
+    @property
+    def unit(self) -> Unit:
+        return self.plan.unit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +131,7 @@ class Engine(Generic[Result]):
         loss: Callable[[jax.Array, jax.Array], jax.Array],
         where: Selector | str | None = None,
         device: Any = None,
+        keep_programs: bool = True,
     ) -> None:
         """Cuts a network.
 
@@ -124,10 +142,13 @@ class Engine(Generic[Result]):
             loss: `(outputs, labels) -> scalar`, a mean over the batch.
             where: the units; residual blocks by default.
             device: where to run; JAX's default device if None.
+            keep_programs: turn on JAX's persistent compilation cache, for the whole process, if it is off; see `scores.cache`.
 
         Raises:
             SelectionError: `where` selects nothing, one unit inside another, or a site that cannot be cut out.
         """
+        if keep_programs:
+            keep_compiled_programs()
         self._example = Example.of(example)
         self._look = look
         self._loss = loss
@@ -138,7 +159,11 @@ class Engine(Generic[Result]):
         images = self._example.args[0]
         self._batch = images.shape[0]
         self._codes: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
-        self._units: dict[tuple[str, str, Path], Unit] = {}
+        self._calls = {
+            path: Example(*self._sites[path].calls[0].args, **self._sites[path].calls[0].kwargs)
+            for path in self.units
+        }
+        self._plans: dict[tuple[str, str | Path], _Plan] = {}
         self._pieces: dict[tuple[Path, str], _Piece] = {}
         self._evaluations = 0
         self._one = jax.device_put(jnp.ones((), images.dtype), device)
@@ -150,7 +175,7 @@ class Engine(Generic[Result]):
         skeletons = sum(not path for path, _ in self._pieces)
         return EngineStatistics(
             self._evaluations,
-            len(self._pieces) - skeletons,
+            len(self._plans),
             skeletons,
             done.programs,
             done.compiled,
@@ -189,10 +214,38 @@ class Engine(Generic[Result]):
             missed = piece.chain.missed(done)
             if missed:
                 raise UnsupportedNetworkError(
-                    f"the loss does not depend on {missed[0]!r}, so there is nothing to score there; "
+                    f"the loss does not depend on {path_text((*piece.path, *missed[0]))!r}, so there is nothing to score there; "
                     "select other units, or mend the network"
                 )
         return Candidate(skeleton, pieces, reverse, tuple(reverses))
+
+    def prepare(
+        self,
+        candidates: Iterable[Mapping[Path, nn.Module]],
+        worker: int = 0,
+        workers: int = 1,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Traces and compiles all that these candidates need, so that running them does neither.
+
+        Args:
+            candidates: edits of each.
+            worker: number of this process among `workers` that prepare the same; each begins at another place, and finds what others
+                have compiled in JAX's persistent cache.
+            workers: how many there are.
+            on_progress: told how many of how many programs are compiled.
+        """
+        seen: set[tuple[Path, int]] = set()
+        for edits in candidates:
+            places = {(path, id(module)) for path, module in edits.items()}
+            if not places <= seen or not seen:
+                seen |= places
+                self.candidate(edits)
+        programs = self._cache.pending()
+        first = len(programs) * worker // workers
+        for i, program in enumerate([*programs[first:], *programs[:first]]):
+            program.compile()
+            on_progress(i + 1, len(programs))
 
     def _split(self, edits: Mapping[Path, nn.Module]) -> tuple[Edits, dict[Path, nn.Module]]:
         """Edits of the skeleton, and the module of each unit that is edited."""
@@ -213,15 +266,23 @@ class Engine(Generic[Result]):
     def _piece(self, path: Path, module: nn.Module) -> _Piece:
         code = self._code(module)
         if (path, code) not in self._pieces:
-            call = Example(*self._sites[path].calls[0].args, **self._sites[path].calls[0].kwargs)
-            unit = trace_unit(module, call, path)
-            self._pieces[path, code] = self._cut(unit, module, call, path)
+            call = self._calls[path]
+            for key in ((code, repr(call)), (code, path)):
+                if key in self._plans:
+                    break
+            else:
+                initialise = Initialiser(module, call, path)
+                unit = trace_unit(module, call, initialise.variables, path)
+                alike = initialise.anywhere and not unit.random
+                key = (code, repr(call)) if alike else (code, path)
+                self._plans[key] = self._plan(unit, initialise)
+            self._pieces[path, code] = _Piece(path, self._plans[key], {})
         return self._pieces[path, code]
 
     def _skeleton(self, edits: Edits) -> _Piece:
         code = Patch(edits).digest()
         if ((), code) not in self._pieces:
-            edited = rewrite_traced(self._sites, _Stand(tuple(edits.items()))) if edits else None
+            edited = rewrite_traced(self._sites, Stand(tuple(edits.items()))) if edits else None
             found = self._sites if edited is None else sites(edited, self._example)
             skeleton = rewrite_traced(found, _CutOut(self.units))
 
@@ -229,15 +290,23 @@ class Engine(Generic[Result]):
                 # The sum instead of the mean keeps cotangents of order one.
                 return self._loss(outputs, labels) * self._batch
 
-            labels = jax.ShapeDtypeStruct((self._batch,), jnp.int32)
-            unit = trace_unit(skeleton, self._example, extra=(labels,), finish=summed_loss)
-            self._pieces[(), code] = self._cut(unit, skeleton, self._example, ())
+            initialise = Initialiser(skeleton, self._example, ())
+            unit = trace_unit(
+                skeleton,
+                self._example,
+                initialise.variables,
+                extra=(jax.ShapeDtypeStruct((self._batch,), jnp.int32),),
+                finish=summed_loss,
+            )
+            self._pieces[(), code] = _Piece((), self._plan(unit, initialise), {})
         return self._pieces[(), code]
 
-    def _cut(self, unit: Unit, module: nn.Module, call: Example, path: Path) -> _Piece:
-        probes = self._look.probes(unit, path)
+    def _plan(self, unit: Unit, initialise: Initialiser) -> "_Plan":
+        initialise.keep(unit.used())
+        initialise.plan(self._cache)
+        probes = self._look.probes(unit)
         chain = Chain(unit.flat, unit.arrays, self._cache, probes, platform=self._platform)
-        return _Piece(unit, chain, Initialiser(module, call, path, unit.used()), {})
+        return _Plan(unit, chain, initialise)
 
     def _code(self, module: nn.Module) -> str:
         """The fingerprint of a module; one that was seen before is known by its identity."""
@@ -288,6 +357,9 @@ class Engine(Generic[Result]):
                 _move(env, step.cotangents, inner, map(chain.cotangent_slot, range(len(step.cotangents))))
                 _run(reverse.parts, inner)
                 _move(inner, reverse.inputs, env, step.gradients)
+                for input, slot in zip(chain.inputs, step.gradients, strict=True):
+                    if slot is not None and env[slot] is None:  # an active input that the loss does not see
+                        env[slot] = jnp.zeros_like(inner[input])
             else:
                 _run((step,), env)
         observed = {}
@@ -295,7 +367,8 @@ class Engine(Generic[Result]):
         for piece, inner, done in [*passes, (skeleton, env, candidate.reverse)]:
             found = [*piece.chain.observed, *(done.observed if done is not None else ())]
             for i, slots in sorted(found):
-                observed[piece.chain.probes[i].label] = [inner[slot] for slot in slots]
+                label = path_text((*piece.path, *piece.chain.probes[i].path))
+                observed[label] = [inner[slot] for slot in slots]
         return observed
 
     def score(
@@ -315,7 +388,7 @@ class Engine(Generic[Result]):
         count, bound = piece.bound.get(code, (-1, []))
         if count != chain.weights:
             values = [piece.unit.variables[i] for i in piece.unit.used()]
-            weights = dict(zip(values, piece.initialise(key, self._cache), strict=True))
+            weights = dict(zip(values, piece.plan.initialise(key, self._cache, piece.path), strict=True))
             weights[piece.unit.key] = jax.random.fold_in(key, 2)
             bound = chain.bind(weights)
             piece.bound[code] = chain.weights, bound
@@ -377,14 +450,15 @@ class _CutOut(Rewrite):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stand(Rewrite):
-    """Modules at given paths."""
+class Stand(Rewrite):
+    """`m -> module`, at each of these paths."""
 
     keeps = Keeps.OUTPUT_SPEC
 
     edits: tuple[tuple[Path, nn.Module], ...]
 
     def __call__(self, sites: Sites) -> Edits:
+        """See `Rewrite`."""
         return dict(self.edits)
 
 

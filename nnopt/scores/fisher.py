@@ -19,6 +19,7 @@ Computed with gates: multiply the probe by a gate `m [N, C]` of ones. Then `dL/d
 `Delta_c = 1/2 mean_n (dL/dm_nc)^2`, and no gradient of a weight, nor of the input, is ever needed.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,14 +30,89 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from nnopt.core import At, Dataflow, Example, ResidualBlocks, Selector, select, sites
+from nnopt.core import At, Example, Selector, sites
 from nnopt.core.paths import path_text
 from nnopt.core.rewrite import rewrite_traced
-from nnopt.core.sites import Sites
-from nnopt.errors import SelectionError, UnsupportedNetworkError
 from nnopt.layers import GATES, AddGate
 from nnopt.layers.combinators import after_name
+from nnopt.scores.network import TracedNetwork, image_example
+from nnopt.scores.passes import BlockGates, LossGradient, mean_cross_entropy
+from nnopt.scores.probes import block_probes
+from nnopt.scores.reductions import root_sums_of_squares
+from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
 from nnopt.typing import Path, Variables
+
+
+class Aggregation(abc.ABC):
+    """How the channels' potentials make the network's: a frozen dataclass."""
+
+    @abc.abstractmethod
+    def __call__(self, potentials: np.ndarray) -> float:
+        """What a block adds to the total, from the potential of each channel of its probe, float64 `[channels]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(Aggregation):
+    """The sum over channels and blocks, as published. Blocks near the input carry most of it."""
+
+    def __call__(self, potentials: np.ndarray) -> float:
+        """See `Aggregation`."""
+        return float(potentials.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSum(Aggregation):
+    """The sum over blocks of the logarithm of each block's potential: every block counts alike.
+
+    Ranks by the product of the potentials, so a change by the same factor weighs the same in every block. A block of potential zero makes it minus
+    infinity.
+    """
+
+    def __call__(self, potentials: np.ndarray) -> float:
+        """See `Aggregation`."""
+        total = potentials.sum()
+        return float(np.log(total)) if total > 0 else float(total) * 0 - np.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelMean(Aggregation):
+    """The sum over blocks of the mean over channels: a block does not gain by having a wider probe."""
+
+    def __call__(self, potentials: np.ndarray) -> float:
+        """See `Aggregation`."""
+        return float(potentials.mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Fisher(Score):
+    """Fisher potential as a `Score`, with the value of `FisherPotential` for the default aggregation.
+
+    Attributes:
+        aggregation: how channels and blocks add up.
+        where: which modules are the blocks; by default every residual block.
+    """
+
+    aggregation: Aggregation = Sum()
+    where: Selector | str | None = None
+
+    @property
+    def needs(self) -> tuple[Pass, ...]:
+        """See `Score`."""
+        return (LossGradient(BlockGates(self.where)),)
+
+    def reduce(self, evidence: Evidence) -> dict[str, jax.Array]:
+        """See `Score`."""
+        (gradient,) = self.needs
+        # Roots of sums of squares, because the squares alone may leave the range of float32.
+        return {path_text(p): root_sums_of_squares(g, (0,)) for p, g in evidence[gradient].items()}
+
+    def value(self, reduced: Mapping[str, np.ndarray], network: TracedNetwork) -> ScoreValue:
+        """See `Score`."""
+        sites = {}
+        for block, probe in block_probes(network.sites, self.where).items():
+            potentials = reduced[path_text(probe)].astype(np.float64) ** 2 / (2 * network.batch)
+            sites[path_text(block)] = self.aggregation(potentials)
+        return ScoreValue(sum(sites.values()), sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,56 +128,6 @@ class FisherScore:
     total: float
     blocks: dict[str, float]
     channels: dict[str, np.ndarray] = dataclasses.field(repr=False, compare=False)
-
-
-def mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """`-mean_n log softmax(logits_n)[labels_n]`.
-
-    Args:
-        logits: `[batch, classes]`.
-        labels: integer classes `[batch]`.
-
-    Returns:
-        A scalar.
-    """
-    log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1))
-
-
-def block_probes(found: Sites, where: Selector | str | None = None) -> dict[Path, Path]:
-    """The probe of each block: the last convolution on its longer way to the residual addition.
-
-    Args:
-        found: all sites of the network.
-        where: which modules are the blocks; by default every residual block.
-
-    Returns:
-        Path of each block -> path of its probe.
-
-    Raises:
-        SelectionError: a selected module adds nothing to a shortcut, or its probe lies inside `nn.scan` or `nn.vmap`, where one
-            site stands for many layers.
-    """
-    branches = {add.path: add.branch for add in Dataflow(found.net, found.example).residual_adds}
-    blocks = found.where(lambda s: bool(s.path) and s.path in branches)
-    if where is not None or not len(blocks):  # the selector knows how to say that there are none
-        blocks = select(found, where if where is not None else ResidualBlocks())
-    probes = {}
-    for block in blocks:
-        probe = branches.get(block.path)
-        if probe is None:
-            raise SelectionError(
-                f"{path_text(block.path)!r} adds no branch of convolutions to a shortcut, so Fisher potential has no probe there; "
-                "select residual blocks"
-            )
-        stacked = {"scan", "vmap"} & set(found[probe].lifted)
-        if stacked:
-            raise SelectionError(
-                f"{path_text(probe)!r} stands for several layers stacked by nn.{stacked.pop()}, which Fisher potential cannot "
-                "tell apart; write the layers out"
-            )
-        probes[block.path] = probe
-    return probes
 
 
 class FisherPotential:
@@ -134,14 +160,7 @@ class FisherPotential:
             SelectionError: see `block_probes`.
             UnsupportedNetworkError: the example has other arrays than the images.
         """
-        self.example = Example.of(example)
-        leaves = jax.tree.leaves((self.example.args, self.example.kwargs))
-        arrays = [x for x in leaves if hasattr(x, "dtype")]
-        if len(arrays) != 1 or arrays != list(self.example.args[:1]):
-            raise UnsupportedNetworkError(
-                f"Fisher potential scores networks of images alone, not of {self.example}; give "
-                "Example(images, train=True), and put other arrays into the network"
-            )
+        self.example = image_example(example, "Fisher potential")
         found = sites(net, self.example)
         self.probes = block_probes(found, where)
         at = At(tuple(path_text(p) for p in self.probes.values()))

@@ -34,7 +34,7 @@ class GateEnergy:
 class LookForFisherPotential:
     """Fisher potential of each residual block; see `nnopt.scores.fisher`."""
 
-    def probes(self, unit: Unit, path: Path) -> list[Probe]:
+    def probes(self, unit: Unit) -> list[Probe]:
         flat = unit.flat
         reaches: dict[Value, Reach | None] = dict.fromkeys(unit.arrays, Reach())
         branches: dict[Path, Path] = {}
@@ -51,10 +51,9 @@ class LookForFisherPotential:
             values = flat.left.get(branch, ())
             if len(values) != 1:
                 raise UnsupportedNetworkError(
-                    f"the probe {path_text((*path, *branch))!r} is called {len(values)} times"
+                    f"the probe {path_text(branch)!r} of a block is called {len(values)} times"
                 )
-            label = path_text((*path, *block))
-            probes.append(Probe(label, values[0], GateEnergy()))
+            probes.append(Probe(block, values[0], GateEnergy()))
         return probes
 
     def result(self, observed: Mapping[str, Sequence[np.ndarray]], batch: int) -> FisherScore:

@@ -1,12 +1,14 @@
 """Units: a module as a network calls it, traced once, initialised as the network would initialise it."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax.core.scope import LazyRng
 from jax.extend import core as jex
 
@@ -14,7 +16,7 @@ from nnopt.core import Example
 from nnopt.core.flatten import Flat, FlatEquation, Value, flatten, run_equations
 from nnopt.core.marks import mark_sites
 from nnopt.layers.batch_norm import lean_batch_norm
-from nnopt.scores.programs import ProgramCache, equations_key
+from nnopt.scores.programs import Program, ProgramCache, equations_key
 from nnopt.typing import Path
 
 
@@ -38,13 +40,22 @@ class Unit:
 
     def used(self) -> tuple[int, ...]:
         """Positions of the variables that the call depends on."""
-        read = {a for e in self.flat.equations for a in e.inputs if isinstance(a, Value)}
+        read = self._read()
         return tuple(i for i, v in enumerate(self.variables) if v in read)
+
+    @property
+    def random(self) -> bool:
+        """Whether the call depends on the PRNG key, and so on where the module stands."""
+        return self.key in self._read()
+
+    def _read(self) -> set[Value]:
+        return {a for e in self.flat.equations for a in e.inputs if isinstance(a, Value)}
 
 
 def trace_unit(
     module: nn.Module,
     call: Example,
+    variables: Any,
     path: Path = (),
     *,
     extra: Sequence[jax.ShapeDtypeStruct] = (),
@@ -55,14 +66,11 @@ def trace_unit(
     Args:
         module: any unbound linen module.
         call: its arguments.
+        variables: shapes and dtypes of its variables.
         path: where the network has it; decides what it draws from the PRNG key.
         extra: further inputs of `finish`.
         finish: `(outputs, *extra) -> what to return`; the outputs by default.
     """
-    variables = call.abstractly(
-        lambda key, *args, **kwargs: module.init(_rngs(key, ()), *args, **kwargs),
-        jax.random.key(0),
-    )
     tree: list[Any] = []
 
     def run(
@@ -90,70 +98,207 @@ def trace_unit(
 
 
 class Initialiser:
-    """Initialises a module as a network would that has it at a path, in small programs that modules share."""
+    """Initialises a module as a network would that has it at a path.
 
-    def __init__(
-        self, module: nn.Module, call: Example, path: Path, wanted: Sequence[int] | None = None
-    ) -> None:
+    Attributes:
+        variables: shapes and dtypes of all its variables.
+        anywhere: whether it serves every path. If not, only the one it was made for: the module derives keys in ways of its own.
+    """
+
+    def __init__(self, module: nn.Module, call: Example, path: Path) -> None:
         """Traces `init`; what the variables do not depend on (the call itself) is dropped.
 
         Args:
             module: any unbound linen module.
             call: its arguments.
             path: where the network has it, `()` for the network itself.
-            wanted: positions of the leaves to initialise; all by default.
         """
+        trees: list[Any] = []
 
         def init(key: jax.Array, *args: Any, **kwargs: Any) -> list[Any]:
-            variables = module.init(_rngs(key, path), *args, **kwargs)
-            leaves = jax.tree.leaves(variables)
-            return leaves if wanted is None else [leaves[i] for i in wanted]
+            leaves, tree = jax.tree.flatten(module.init(_rngs(key, path), *args, **kwargs))
+            trees.append(tree)
+            return leaves
 
         closed, own = call.jaxpr(init, jax.random.key(0))
         flat = flatten(closed)
-        self._flat = flat.keeping(flat.outputs)
         self._key = flat.inputs[own]
+        leaves = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.out_avals]
+        self.variables = jax.tree.unflatten(trees[-1], leaves)
+        self._whole = flat.keeping(flat.outputs)
+        self._scopes = {
+            tuple(str(k.key) for k in where[1 : 1 + depth])
+            for where, _ in jax.tree_util.tree_leaves_with_path(self.variables)
+            for depth in range(len(where))
+        }
+        self._path = path
+        self.keep(range(len(leaves)))
 
-    def __call__(self, key: jax.Array, cache: ProgramCache) -> list[jax.Array]:
-        """The wanted leaves of the variables for a PRNG key, on the cache's device."""
-        key = jax.device_put(key, cache.device)
+    def keep(self, wanted: Sequence[int]) -> None:
+        """Restricts it to the leaves at these positions."""
+        self._flat = self._whole.keeping(self._whole.outputs[i] for i in wanted)
+        random: set[Value] = set()
+        early: list[FlatEquation] = []
+        late: list[FlatEquation] = []
+        for equation in self._flat.equations:
+            drawn = equation.primitive.name == "random_bits"
+            if drawn or any(a in random for a in equation.inputs if isinstance(a, Value)):
+                random.update(equation.outputs)
+                late.append(equation)
+            else:
+                early.append(equation)
+        # Which key a weight gets depends on its path, and its scale on its shape. Both are derived outside of the programs, which
+        # are the same for many weights then.
+        self._draws = [_Draw(equations, self._flat.outputs) for equations in _components(late)]
+        self._suffixes = self._find_suffixes(early)
+        self._early = [e for e in early if e.outputs[0] not in self._suffixes]
+        derived = [e for e in self._early if any(map(_is_key, e.outputs))]
+        self.anywhere = not derived
+
+    def _find_suffixes(self, equations: Sequence[FlatEquation]) -> dict[Value, tuple[str | int, ...]]:
+        """What Flax folded into the key for each derived one: the path of a module below this one, and a count."""
+        folds = [
+            e
+            for e in equations
+            if e.primitive.name == "random_fold_in"
+            and e.inputs[0] is self._key
+            and isinstance(e.inputs[1], jex.Literal)
+        ]
+        if not folds:
+            return {}
+        suffixes = ((*scope, count) for scope in self._scopes for count in range(_DRAWS))
+        by_hash = {_folded(self._path + suffix): suffix for suffix in suffixes}
+        known = {e.outputs[0]: by_hash.get(int(e.inputs[1].val)) for e in folds}
+        return {value: suffix for value, suffix in known.items() if suffix is not None}
+
+    def plan(self, cache: ProgramCache) -> None:
+        """Asks for the programs that it needs."""
+        for draw in self._draws:
+            draw.program(cache)
+
+    def __call__(self, key: jax.Array, cache: ProgramCache, path: Path) -> list[Any]:
+        """The wanted leaves of the variables for a PRNG key and a path, each a NumPy or a JAX array."""
         known: dict[Value, Any] = {self._key: key, **dict(self._flat.constants)}
-        # Which key a weight gets depends on its path, so keys are derived one by one, outside of the programs: these are the
-        # same for every weight of a shape.
-        run_equations([e for e in self._flat.equations if _makes_key(e)], known)
-        for equations in _components([e for e in self._flat.equations if not _makes_key(e)]):
-            own = {v for e in equations for v in e.outputs}
-            read = {a: None for e in equations for a in e.inputs if isinstance(a, Value)}
-            inputs = [v for v in read if v not in own]
-            outputs = [v for e in equations for v in e.outputs if v in set(self._flat.outputs)]
-
-            def run(
-                *arrays: jax.Array,
-                inputs: Sequence[Value] = inputs,
-                outputs: Sequence[Value] = outputs,
-                equations: Sequence[FlatEquation] = equations,
-            ) -> tuple[jax.Array, ...]:
-                env = dict(zip(inputs, arrays, strict=True))
-                run_equations(equations, env)
-                return tuple(env[v] for v in outputs)
-
-            code = ("initialise", equations_key(equations, inputs, outputs))
-            program = cache.get(code, run, [v.aval for v in inputs])
-            known.update(zip(outputs, program.run(*[known[v] for v in inputs]), strict=True))
+        for value, suffix in self._suffixes.items():
+            known[value] = LazyRng.create(key, *path, *suffix).as_jax_rng()
+        run_equations(self._early, known)
+        for draw in self._draws:
+            draw.run(known, cache)
         return [
-            jnp.asarray(a.val) if isinstance(a, jex.Literal) else known[a]
+            np.asarray(a.val) if isinstance(a, jex.Literal) else known[a]
             for a in self._flat.outputs
         ]
+
+
+@functools.cache
+def _folded(suffix: tuple[str | int, ...]) -> int:
+    """The number that Flax folds into a key for a path and a count."""
+    derived = jax.make_jaxpr(lambda key: LazyRng.create(key, *suffix).as_jax_rng())
+    return int(flatten(derived(jax.random.key(0))).equations[0].inputs[1].val)
+
+
+_DRAWS = 8
+"""Most weights of one module, not counting those of modules below it, whose keys are recognised."""
+
+
+class _Draw:
+    """Equations that draw random numbers and compute with them.
+
+    The bits that JAX draws at a position do not depend on how many it draws. So where all that follows is computed number by number, as
+    the usual initialisers do, one program of a large size serves every smaller shape. Compiling a draw takes longer
+    than most programs of a network take.
+    """
+
+    def __init__(self, equations: Sequence[FlatEquation], asked: Sequence[Any]) -> None:
+        wanted = {v for v in asked if isinstance(v, Value)}
+        made = [v for e in equations for v in e.outputs]
+        read = dict.fromkeys(a for e in equations for a in e.inputs if isinstance(a, Value))
+        self._inputs = tuple(v for v in read if v not in set(made))
+        self._outputs = tuple(v for v in made if v in wanted)
+        shape = self._outputs[0].aval.shape
+        self._shape = shape if all(_is_pointwise(e, shape) for e in equations) else None
+        if self._shape is not None:
+            size = _SMALLEST_DRAW
+            while size < math.prod(shape):
+                size *= 4
+            equations, values = _in_line(equations, shape, size)
+            self._read = tuple(values.get(v, v) for v in self._inputs)
+            self._written = tuple(values[v] for v in self._outputs)
+        else:
+            self._read, self._written = self._inputs, self._outputs
+        self._equations = tuple(equations)
+        self._key = "draw", equations_key(self._equations, self._read, self._written)
+
+    def program(self, cache: ProgramCache) -> Program:
+        """The program that draws and computes."""
+        return cache.get(self._key, self._compute, [v.aval for v in self._read])
+
+    def run(self, known: dict[Value, Any], cache: ProgramCache) -> None:
+        """Computes its outputs from what is known."""
+        arrays = [known[v] for v in self._inputs]
+        if self._shape is not None:
+            arrays = [a if _is_key(v) else a.reshape(1) for v, a in zip(self._inputs, arrays, strict=True)]
+        found = self.program(cache).run(*arrays)
+        if self._shape is not None:
+            count = math.prod(self._shape)
+            found = [np.asarray(f)[:count].reshape(self._shape) for f in found]
+        known.update(zip(self._outputs, found, strict=True))
+
+    def _compute(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        env = dict(zip(self._read, arrays, strict=True))
+        run_equations(self._equations, env)
+        return tuple(env[v] for v in self._written)
+
+
+_SMALLEST_DRAW = 4096
+_POINTWISE = frozenset(
+    "add sub mul div max min neg sign sqrt rsqrt exp log log1p erf erf_inv tanh pow integer_pow convert_element_type "
+    "bitcast_convert_type shift_right_logical or and xor select_n lt le gt ge eq ne copy stop_gradient".split()
+)
+
+
+def _is_pointwise(equation: FlatEquation, shape: tuple[int, ...]) -> bool:
+    """Whether an equation computes arrays of a shape number by number, from such arrays and single numbers."""
+    if equation.primitive.name == "random_bits":
+        (key,) = equation.inputs
+        partitionable = bool(jax.config.jax_threefry_partitionable)
+        return partitionable and key.aval.shape == () and "fry" in str(key.aval.dtype)
+    values = (*equation.inputs, *equation.outputs)
+    return equation.primitive.name in _POINTWISE and all(
+        math.prod(v.aval.shape) == 1 or v.aval.shape == shape for v in values
+    )
+
+
+def _in_line(
+    equations: Sequence[FlatEquation], shape: tuple[int, ...], size: int
+) -> tuple[list[FlatEquation], dict[Value, Value]]:
+    """Pointwise equations with `[size]` in the place of a shape, and which value became which."""
+    values: dict[Value, Value] = {}
+
+    def flat(atom: Any) -> Any:
+        if not isinstance(atom, Value) or _is_key(atom):
+            return atom
+        if atom not in values:
+            long = atom.aval.shape == shape
+            values[atom] = Value(atom.aval.update(shape=(size,) if long else (1,)))
+        return values[atom]
+
+    found = []
+    for e in equations:
+        params = {**e.params, "shape": (size,)} if e.primitive.name == "random_bits" else e.params
+        inputs, outputs = (tuple(map(flat, atoms)) for atoms in (e.inputs, e.outputs))
+        found.append(FlatEquation(e.primitive, params, inputs, outputs, e.path))
+    return found, values
+
+
+def _is_key(value: Value) -> bool:
+    return jax.dtypes.issubdtype(value.aval.dtype, jax.dtypes.prng_key)
 
 
 def _rngs(key: jax.Array, path: Path) -> dict[str, Any]:
     """The streams of `core.example.rngs` as a module at a path sees them: Flax folds in the path when it makes a key."""
     roots = {"params": key, "dropout": jax.random.fold_in(key, 1)}
     return {name: LazyRng.create(root, *path) for name, root in roots.items()}
-
-
-def _makes_key(equation: FlatEquation) -> bool:
-    return any(jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.prng_key) for v in equation.outputs)
 
 
 def _components(equations: Sequence[FlatEquation]) -> list[list[FlatEquation]]:

@@ -1,15 +1,17 @@
 """BlockSwap: draw candidates inside a parameter budget, score each by Fisher potential, keep the best.
 
 Turner, Crowley, O'Boyle, Storkey, Gray (https://arxiv.org/abs/1906.04113), algorithm 1. What is decided here and was left open or
-done otherwise in the released code: all candidates are scored on the *same* augmented minibatch, with the same weights for the same
-unit at the same position, and drawn uniformly from the candidates inside the budget, without rejection.
+done otherwise in the released code: candidates are drawn uniformly from those inside the budget, without rejection. All are scored
+on the *same* few augmented minibatches, each with weights of its own that are the same for the same unit at the
+same position. Two small minibatches rank better than one large one: the weights disagree more than the images do.
 """
 
-import concurrent.futures
 import dataclasses
+import functools
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -23,11 +25,14 @@ from nnopt.data import Dataset, load, minibatch
 from nnopt.errors import BudgetError, ChoiceError, SearchError, UnknownNetworkError
 from nnopt.networks import named
 from nnopt.rewrites import CODE_CHOICES, PAPER_CHOICES, Choice
-from nnopt.scores.fisher import FisherPotential
+from nnopt.rewrites.block import block_for
+from nnopt.scores.fisher_engine import FisherEngine
 from nnopt.search.sampler import BudgetSampler
 from nnopt.search.space import BlockSpace, block_space
 from nnopt.search.store import ScoredCandidate
+from nnopt.search.workers import OnProgress, map_in_processes
 from nnopt.training import QUICK, Recipe
+from nnopt.typing import Path
 
 _STREAMS = ("weights", "minibatch", "augmentation", "training", "shuffling")
 
@@ -44,7 +49,8 @@ class BlockSwap:
         samples: candidates to score.
         seed: of everything random.
         choices: `code`, the 23 block choices of the released code, or `paper`, the 21 of the paper.
-        score_batch: images in the minibatch that scores.
+        score_batch: images in a minibatch that scores.
+        score_seeds: minibatches, each with other weights; a candidate's score is the geometric mean over them.
         validation: test on training images that are held out, see `nnopt.data.load`.
         recipe: how the winner is trained.
     """
@@ -56,7 +62,8 @@ class BlockSwap:
     samples: int = 1000
     seed: int = 0
     choices: Literal["code", "paper"] = "code"
-    score_batch: int = 32
+    score_batch: int = 4
+    score_seeds: int = 2
     validation: bool = False
     recipe: Recipe = QUICK
 
@@ -64,7 +71,7 @@ class BlockSwap:
         """Checks what can be checked without data.
 
         Raises:
-            SearchError: too few samples, a scoring batch of one, or a seed out of range.
+            SearchError: too few samples or scoring seeds, a scoring batch of one, or a seed out of range.
             BudgetError: the tolerance is no fraction.
             ChoiceError: there are no such block choices.
         """
@@ -72,6 +79,8 @@ class BlockSwap:
             raise SearchError(
                 f"a search needs at least 1 sample and a scoring batch of 2, got {self.samples} and {self.score_batch}"
             )
+        if self.score_seeds < 1:
+            raise SearchError(f"scoring needs at least 1 seed, got {self.score_seeds}")
         if not 0 < self.tolerance < 1:
             raise BudgetError(
                 f"the tolerance is a fraction of the budget between 0 and 1, got {self.tolerance}; the paper takes 0.025"
@@ -99,13 +108,14 @@ class Problem:
 
     Attributes:
         spec: what it was made from.
+        data_dir: where its data set lies, if it is not embedded.
         dataset: images and labels.
         base: the network whose blocks are replaced.
         example: one image, as the network takes it.
         space: which choices may stand where, and what each costs.
         sampler: draws candidates inside the budget.
-        images: the scoring minibatch, `[score_batch, height, width, channels]`.
-        labels: its classes, `[score_batch]`.
+        images: of each scoring minibatch, `[score_batch, height, width, channels]`.
+        labels: their classes, each `[score_batch]`.
     """
 
     def __init__(self, spec: BlockSwap, data_dir: str | None = None) -> None:
@@ -118,6 +128,7 @@ class Problem:
             BudgetError: no candidate lies within the budget.
         """
         self.spec = spec
+        self.data_dir = data_dir
         self.dataset: Dataset = load(spec.data, data_dir, validation=spec.validation)
         self.base = network_named(spec.network, len(self.dataset.classes))
         self.example = Example(jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32))
@@ -125,15 +136,19 @@ class Problem:
         self._sites = sites(self.base, self.example)
         self.space: BlockSpace = block_space(self.base, self.example, choices)
         self.sampler = BudgetSampler(self.space, spec.budget, spec.tolerance)
-        images, self.labels = minibatch(self.dataset, spec.score_batch, self.key("minibatch"))
         augmentation = spec.recipe.augmentation
         if not self.dataset.flip_ok:
             augmentation = dataclasses.replace(augmentation, flip=False)
-        self.images = augmentation(self.key("augmentation"), images)
+        self.images, self.labels = [], []
+        for seed in range(spec.score_seeds):
+            images, labels = minibatch(self.dataset, spec.score_batch, self.key("minibatch", seed))
+            self.images.append(augmentation(self.key("augmentation", seed), images))
+            self.labels.append(labels.astype(jnp.int32))
 
-    def key(self, stream: str) -> jax.Array:
+    def key(self, stream: str, seed: int = 0) -> jax.Array:
         """The PRNG key of one of the streams `weights`, `minibatch`, `augmentation`, `training`, `shuffling`."""
-        return jax.random.fold_in(jax.random.key(self.spec.seed), _STREAMS.index(stream))
+        key = jax.random.fold_in(jax.random.key(self.spec.seed), _STREAMS.index(stream))
+        return key if seed == 0 else jax.random.fold_in(key, seed)
 
     def draw(self, index: int) -> tuple[int, ...]:
         """Candidate number `index`: for each position, which of its choices. A pure function of seed and index."""
@@ -152,24 +167,79 @@ class Problem:
         """Fresh variables; the same unit at the same position has the same weights in every candidate."""
         return net.lazy_init(rngs(self.key("weights")), *self.example.args)
 
+    @functools.cached_property
+    def modules(self) -> list[list[nn.Module]]:
+        """The module of each choice at each position."""
+        return [
+            [block_for(self._sites[path], self._sites, choice) for choice in choices]
+            for path, choices in zip(self.space.paths, self.space.choices, strict=True)
+        ]
+
+    @functools.cached_property
+    def scorer(self) -> FisherEngine:
+        """What scores candidates of this search."""
+        example = Example(jax.ShapeDtypeStruct(self.images[0].shape, jnp.float32), train=True)
+        return FisherEngine(self.base, example, where=self.space.where)
+
+    def edits(self, index: int) -> dict[Path, nn.Module]:
+        """The modules that stand at each position in candidate number `index`."""
+        picked = zip(self.space.paths, self.modules, self.draw(index), strict=True)
+        return {path: modules[i] for path, modules, i in picked}
+
     def score(self, index: int) -> ScoredCandidate:
         """Scores candidate number `index`."""
         start = time.perf_counter()
         drawn = self.draw(index)
-        net = self.build(index)
-        # A candidate's program runs once: on a CPU, compiling it well takes longer than running it badly.
-        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        example = Example(self.images, train=True)
-        fisher = FisherPotential(net, example, compiler_options=options)
-        result = fisher(self.init(net), self.images, self.labels)
+        edits = self.edits(index)
+        batches = zip(self.images, self.labels, strict=True)
+        results = [
+            self.scorer(edits, images, labels, self.key("weights", seed))
+            for seed, (images, labels) in enumerate(batches)
+        ]
+        total = geometric_mean([r.total for r in results])
+        blocks = tuple(
+            geometric_mean([r.blocks[block] for r in results]) for block in results[0].blocks
+        )
         return ScoredCandidate(
             index,
             self.space.names(drawn),
             self.space.total(drawn),
-            result.total,
-            tuple(result.blocks.values()),
+            total,
+            blocks,
             time.perf_counter() - start,
         )
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """`exp(mean(log(values)))`; zero if one is zero, NaN if one is negative or NaN."""
+    if len(values) == 1:
+        return values[0]
+    if any(math.isnan(v) or v < 0 for v in values):
+        return math.nan
+    return math.exp(statistics.fmean(map(math.log, values))) if all(values) else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """The job of workers: score candidates of a search.
+
+    Attributes:
+        spec: the search.
+        data_dir: see `Problem`.
+        indices: the candidates that are going to be asked for, so that what they need is compiled first.
+    """
+
+    spec: BlockSwap
+    data_dir: str | None
+    indices: tuple[int, ...]
+
+    def start(
+        self, worker: int, workers: int, on_progress: OnProgress
+    ) -> Callable[[int], ScoredCandidate]:
+        """See `workers.Job`."""
+        problem = Problem(self.spec, self.data_dir)
+        problem.scorer.prepare(map(problem.edits, self.indices), worker, workers, on_progress)
+        return problem.score
 
 
 def score_all(
@@ -179,6 +249,7 @@ def score_all(
     *,
     score: Callable[[int], ScoredCandidate] | None = None,
     workers: int = 1,
+    on_prepared: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ScoredCandidate]:
     """Scores every candidate of a search that is not known yet.
 
@@ -189,12 +260,12 @@ def score_all(
         known: rows of an earlier, interrupted run.
         on_scored: called with each new row, in the order of candidates.
         score: how a candidate is scored; by Fisher potential by default.
-        workers: candidates in flight at a time. Most of the time goes into compiling, which threads do side by side.
+        workers: processes that score by Fisher potential side by side; 1 for this process alone.
+        on_prepared: told how many of how many programs have been compiled, before the first row is there.
 
     Returns:
         All rows, by candidate number.
     """
-    score = problem.score if score is None else score
     rows = {row.index: row for row in known}
     by_names = {row.names: row for row in rows.values()}
     missing = [i for i in range(problem.spec.samples) if i not in rows]
@@ -203,19 +274,23 @@ def score_all(
     for i in missing:
         if names[i] not in by_names:
             first.setdefault(names[i], i)
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        scored = pool.map(score, sorted(first.values()))
-        try:
-            for i in missing:
-                if first.get(names[i]) == i:
-                    row = by_names[names[i]] = next(scored)
-                else:
-                    row = dataclasses.replace(by_names[names[i]], index=i, seconds=0.0)
-                rows[i] = row
-                on_scored(row)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    new = tuple(sorted(first.values()))
+    scored: Iterator[ScoredCandidate]
+    if score is not None:
+        scored = map(score, new)
+    elif workers == 1 or not new:
+        problem.scorer.prepare(map(problem.edits, new), on_progress=on_prepared)
+        scored = map(problem.score, new)
+    else:
+        job = Scoring(problem.spec, problem.data_dir, new)
+        scored = map_in_processes(job, new, workers, on_prepared)
+    for i in missing:
+        if first.get(names[i]) == i:
+            row = by_names[names[i]] = next(scored)
+        else:
+            row = dataclasses.replace(by_names[names[i]], index=i, seconds=0.0)
+        rows[i] = row
+        on_scored(row)
     return [rows[i] for i in range(problem.spec.samples)]
 
 

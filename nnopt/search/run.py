@@ -34,11 +34,14 @@ from nnopt.errors import CheckpointError, ResultFolderError, SearchError
 from nnopt.rewrites import save_genotype
 from nnopt.search.blockswap import BlockSwap, Problem, best, score_all
 from nnopt.search.store import ScoredCandidate, ScoreStore
+from nnopt.search.workers import default_workers
 from nnopt.training import EpochRow, Trainer, checkpoint_info, load_checkpoint, save_checkpoint
 
 FORMAT = "nnopt blockswap result"
 VERSION = 1
 LATENCY_BATCHES = (1, 32)
+WORTH_PROCESSES = 64
+"""Fewer candidates are scored before processes have started."""
 
 
 class Watcher(Protocol):
@@ -59,6 +62,23 @@ class _Nobody:
 
     def advance(self, note: str = "") -> None:
         pass
+
+
+class _Phase:
+    """Tells a watcher of a phase that counts for itself."""
+
+    def __init__(self, watcher: Watcher, name: str, done: int = 0) -> None:
+        self._watcher, self._name, self._done = watcher, name, done
+        self._begun = False
+
+    def reach(self, done: int, total: int, note: str = "") -> None:
+        """So many units are done of so many."""
+        if not self._begun:
+            self._watcher.phase(self._name, total, self._done)
+            self._begun = True
+        while self._done < done:
+            self._watcher.advance(note)
+            self._done += 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +112,8 @@ def run(
             that holds a finished run is only read.
         data_dir: where data sets lie that are not embedded.
         watcher: is told of progress.
-        workers: candidates in flight at a time, which changes no result; one for each core by default.
+        workers: processes that score. By default one for each core (or GPU) if there are candidates enough to be worth starting them.
+            Processes differ in rounding from one that has all cores to itself, but not from one another.
 
     Raises:
         ResultFolderError: the folder cannot be written, belongs to another search, or holds damaged files.
@@ -100,7 +121,8 @@ def run(
         SearchError: fewer than one worker.
         NnoptError: see `Problem`.
     """
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    if workers is None:
+        workers = default_workers() if spec.samples >= WORTH_PROCESSES else 1
     if workers < 1:
         raise SearchError(f"a search needs at least 1 worker, got {workers}")
     watcher = watcher or _Nobody()
@@ -110,14 +132,20 @@ def run(
     store = ScoreStore(place / "scores.sqlite")
     try:
         known = list(store)
-        watcher.phase("scoring candidates", spec.samples, len(known))
+        prepared = _Phase(watcher, "compiling programs")
+        scored = _Phase(watcher, "scoring candidates", len(known))
+        if len(known) >= spec.samples:
+            scored.reach(len(known), spec.samples)
 
         def on_scored(row: ScoredCandidate) -> None:
             store.add(row)
-            watcher.advance(f"best {best([*known, row]).score:.3g}")
             known.append(row)
+            scored.reach(len(known), spec.samples, f"best {best(known).score:.3g}")
 
-        rows = score_all(problem, tuple(known), on_scored, workers=workers)
+        on_prepared = prepared.reach
+        rows = score_all(
+            problem, tuple(known), on_scored, workers=workers, on_prepared=on_prepared
+        )
     finally:
         store.close()
     finished = _read_result(place)

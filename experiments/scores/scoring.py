@@ -1,0 +1,221 @@
+"""Scores many networks in parallel processes, one row of a CSV file for each; a killed run takes up where it stopped."""
+
+import concurrent.futures
+import csv
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+import nnopt
+from experiments.scores.pieces import PiecewiseScorer
+from experiments.scores.weights import SharedWeights
+from nnopt.core import Example
+from nnopt.core.files import write_whole
+from nnopt.data import cifar10, minibatch
+from nnopt.errors import DataError, ResultFolderError, ScoreError, SelectionError
+from nnopt.scores import Parameters, Score
+from nnopt.scores.network import TracedNetwork
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What determines the rows of a result file.
+
+    Attributes:
+        benchmark: its name, for messages and the settings file.
+        network: class of its networks; called with what tells one from another, a `Cell` or `Layers`.
+        covering: such choices that together have every parameter that a network of the benchmark can have.
+        scores: name of the column -> score.
+        data_dir: folder of CIFAR-10 (`cifar-10-batches-py/`); the environment's `NNOPT_DATA` if None.
+        batch: images in the minibatch; scores compare only at equal batch.
+        seed: of the minibatch and of the weights.
+    """
+
+    benchmark: str
+    network: Callable[[Any], nn.Module]
+    covering: Sequence[Any]
+    scores: Mapping[str, Score]
+    data_dir: str | None
+    batch: int
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """What a result file must agree with to be continued."""
+        return {
+            "benchmark": self.benchmark,
+            "scores": {name: str(score) for name, score in self.scores.items()},
+            "batch": self.batch,
+            "seed": self.seed,
+            "nnopt": nnopt.__version__,
+            "jax": jax.__version__,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredNetwork:
+    """One row.
+
+    Attributes:
+        index: of the network in the benchmark.
+        seconds: it took to score it.
+        scores: column -> total; NaN where the score is not defined for the network.
+    """
+
+    index: int
+    seconds: float
+    scores: dict[str, float]
+
+
+class ResultFile:
+    """`<benchmark>.csv`, to which rows are added one by one, and `<benchmark>.json`, which says what they belong to."""
+
+    def __init__(self, folder: pathlib.Path, job: Job) -> None:
+        """Opens or begins the file.
+
+        Raises:
+            ResultFolderError: the folder cannot be written, or holds results of other settings.
+        """
+        self.path = folder / f"{job.benchmark}.csv"
+        self._columns = ["index", "seconds", *job.scores]
+        settings = folder / f"{job.benchmark}.json"
+        wanted = job.settings()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() or settings.exists():
+                found = json.loads(settings.read_text())
+                if found != wanted:
+                    differing = sorted(k for k in wanted if found.get(k) != wanted[k])
+                    raise ResultFolderError(
+                        f"{folder} holds scores of other settings ({', '.join(differing)}); name another folder with --out"
+                    )
+            else:
+                write_whole(settings, json.dumps(wanted, indent=1) + "\n")
+            if not self.path.exists():
+                write_whole(self.path, ",".join(self._columns) + "\n")
+        except (OSError, ValueError) as error:
+            raise ResultFolderError(f"{folder}: {error}; name another folder with --out") from None
+
+    def rows(self) -> dict[int, ScoredNetwork]:
+        """The rows so far by index. A last line that a killed run left unfinished is cut off."""
+        content = self.path.read_text()
+        whole = content[: content.rfind("\n") + 1]
+        if whole != content:
+            write_whole(self.path, whole)
+        found = {}
+        for cells in csv.DictReader(whole.splitlines()):
+            scores = {name: float(cells[name]) for name in self._columns[2:]}
+            row = ScoredNetwork(int(cells["index"]), float(cells["seconds"]), scores)
+            found[row.index] = row
+        return found
+
+    def add(self, row: ScoredNetwork) -> None:
+        """Appends one row."""
+        values = [repr(row.scores[name]) for name in self._columns[2:]]
+        with self.path.open("a") as stream:
+            stream.write(",".join([str(row.index), f"{row.seconds:.2f}", *values]) + "\n")
+
+
+def score_all(
+    job: Job, choices: Mapping[int, Any], workers: int, on_row: Callable[[ScoredNetwork], None]
+) -> None:
+    """Scores networks in `workers` processes, each on its own core.
+
+    Args:
+        job: what to compute.
+        choices: index -> what `job.network` is called with.
+        workers: number of processes.
+        on_row: is called in this process as each network is done, in no particular order.
+
+    Raises:
+        DataError: CIFAR-10 is not there.
+        ResultFolderError: see `ResultFile`.
+    """
+    # A worker that fails while it starts says only that the pool is broken.
+    _images(job)
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_start, initargs=(job, counter)
+    ) as pool:
+        futures = [pool.submit(_score, index, choice) for index, choice in choices.items()]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                on_row(future.result())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Worker:
+    """What a worker process keeps between networks."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.images, self.labels = _images(job)
+        self.example = Example(self.images, train=True)
+        covering = [job.network(choice) for choice in job.covering]
+        self.weights = SharedWeights(covering, Example(self.images[:1], train=True), job.seed)
+
+    def score(self, index: int, choice: Any) -> ScoredNetwork:
+        start = time.perf_counter()
+        net = self.job.network(choice)
+        scorer = self._scorer(net)
+        key = jax.random.key(self.job.seed)
+        values = scorer(self.weights.of(net), self.images, self.labels, key)
+        totals = {
+            name: values[score].total if score in values else math.nan
+            for name, score in self.job.scores.items()
+        }
+        return ScoredNetwork(index, time.perf_counter() - start, totals)
+
+    def _scorer(self, net: nn.Module) -> PiecewiseScorer:
+        """A scorer of those scores that are defined for the network."""
+        try:
+            return PiecewiseScorer(net, self.example, self.job.scores.values())
+        except (ScoreError, SelectionError):
+            network = PiecewiseScorer(net, self.example, (Parameters(),)).network
+            scores = [s for s in self.job.scores.values() if _is_defined(s, network)]
+            return PiecewiseScorer(net, self.example, scores)
+
+
+def _is_defined(score: Score, network: TracedNetwork) -> bool:
+    try:
+        score.check(network)
+    except (ScoreError, SelectionError):
+        return False
+    return True
+
+
+_worker: _Worker | None = None
+
+
+def _start(job: Job, counter: Any) -> None:
+    global _worker
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
+    if hasattr(os, "sched_setaffinity"):
+        # XLA makes as many threads as it may use cores: without this the processes' threads would crowd each other.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+    _worker = _Worker(job)
+
+
+def _score(index: int, choice: Any) -> ScoredNetwork:
+    assert _worker is not None
+    return _worker.score(index, choice)
+
+
+def _images(job: Job) -> tuple[jax.Array, jax.Array]:
+    folder = job.data_dir if job.data_dir is not None else os.environ.get("NNOPT_DATA")
+    if not folder:
+        raise DataError("CIFAR-10 needs a folder: give --data-dir or set NNOPT_DATA")
+    return minibatch(cifar10(folder), job.batch, jax.random.key(job.seed))

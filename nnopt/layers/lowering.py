@@ -1,0 +1,140 @@
+"""Which lowering of a convolution to use where: a rule, measured.
+
+On a CPU (one thread of a Zen 5 core, AVX-512, jax 0.10.2; `scripts/bench/lowering.py` measures it again), for the 3x3
+convolutions of wide residual networks (16 to 128 channels at 32 to 8 pixels, batches of 4 to 64) and of ResNet-34:
+
+| channels of a group | alone                                 | within a larger program | as fast as XLA's own, alone |
+|---------------------|---------------------------------------|-------------------------|-----------------------------|
+| 1 (depthwise)       | `ShiftedSum`                          | `Fenced(ShiftedSum())`  | TODO                        |
+| 2 to 4              | `ShiftedPlanes`                       | `SplitGroups`           | TODO                        |
+| more, strided       | `SplitGroups`                         | `SplitGroups`           | TODO                        |
+| dense               | `SplitGroups`, one part               | the same                | TODO                        |
+
+`SplitGroups` is asked for parts of eight channels or an eighth of all channels, and for tiles that make 32 columns.
+
+Alone, a convolution is a program of its own. Within a larger one XLA fuses what is elementwise with what reads it, and
+computes it again in every reader. Depthwise sums are cheap and fenced off; for larger groups, whose sums are fused badly with what
+stands around them, dense convolutions are better: XLA fuses nothing with those.
+
+Weight gradients: depthwise ones are sums, all others the diagonal blocks of dense ones, in parts of 16 channels.
+
+Elsewhere (GPU, TPU) the native form: their libraries have grouped convolutions. Nothing was measured there.
+"""
+
+from nnopt.layers.conv_shape import ConvShape, Direction
+from nnopt.layers.dense_lowerings import Pointwise, SplitGroups
+from nnopt.layers.lowerings import Fenced, Lowering, Native
+from nnopt.layers.shifted_lowerings import ShiftedPlanes, ShiftedSum
+
+__all__ = [
+    "ConvShape",
+    "Direction",
+    "Fenced",
+    "Lowering",
+    "Native",
+    "Pointwise",
+    "ShiftedPlanes",
+    "ShiftedSum",
+    "SplitGroups",
+    "choose",
+    "explain",
+]
+
+_COLUMNS = 32
+"""Columns of a matrix product that run near the peak: two vectors of sixteen numbers."""
+_SUM_TERMS = 128
+"""Terms of a sum that are still worth compiling."""
+_LOOPED_PARTS = 64
+"""More parts than these are compiled as a loop."""
+
+
+def choose(
+    shape: ConvShape, direction: Direction, platform: str, *, alone: bool = False
+) -> Lowering:
+    """The fastest known lowering of a convolution.
+
+    Args:
+        shape: of the convolution.
+        direction: which of its products.
+        platform: as JAX names it, `"cpu"`, `"gpu"`, ...
+        alone: whether it is a program of its own, rather than part of a larger one.
+    """
+    return _choice(shape, direction, platform, alone)[0]
+
+
+def explain(shape: ConvShape, direction: Direction, platform: str, *, alone: bool = False) -> str:
+    """Why `choose` chooses what it chooses, in one line.
+
+    Example:
+        >>> explain(ConvShape((8, 32, 32, 16), (3, 3, 1, 16), groups=16), Direction.FORWARD, "gpu")
+        'Native(): nothing else was measured on gpu'
+    """
+    lowering, reason = _choice(shape, direction, platform, alone)
+    return f"{lowering}: {reason}"
+
+
+def _choice(
+    shape: ConvShape, direction: Direction, platform: str, alone: bool
+) -> tuple[Lowering, str]:
+    if platform != "cpu":
+        return Native(), f"nothing else was measured on {platform or 'this platform'}"
+    if Pointwise().applies(shape, direction):
+        narrowing = shape.kernel[3] < shape.kernel[2]
+        if direction is Direction.WEIGHT_GRADIENT and narrowing:
+            return Native(), "a matrix product with few columns: XLA's own"
+        return Pointwise(), "a window of one position: a matrix product"
+    taps = shape.kernel[0] * shape.kernel[1]
+    per_group = max(shape.kernel[2], shape.kernel[3] // shape.groups)
+    strided, channels = shape.strides != (1, 1), shape.input[3]
+    summable = shape.groups > 1 and taps * per_group <= _SUM_TERMS
+    if direction is Direction.WEIGHT_GRADIENT:
+        if summable and ShiftedSum().applies(shape, direction):
+            return _fenced(ShiftedSum(), alone), "depthwise: a sum of products"
+        if shape.groups == 1:
+            return Native(), "dense: XLA's own"
+        lowering = _split(shape, direction, 32 if strided else 16)
+        return lowering, "diagonal blocks of dense weight gradients"
+    if summable and per_group == 1:
+        return _fenced(ShiftedSum(), alone), "depthwise: a sum of shifted images"
+    forward = direction is Direction.FORWARD
+    if summable and alone and per_group <= 4:
+        few = per_group == 2
+        if not strided and (few or shape.groups >= 8):
+            return ShiftedPlanes(), "few channels in a group: a sum of shifted planes"
+        if strided and forward and (few or shape.groups >= 8):
+            return ShiftedSum(), "few channels in a group: a sum of shifted images"
+    if shape.groups == 1 and strided and not forward and channels >= _COLUMNS:
+        return Native(), "dense and strided: XLA's own leaves out zeros"
+    if not strided:
+        width = max(8, channels // 8)
+    elif forward:
+        width = channels if channels <= _COLUMNS else max(16, channels // 4)
+    else:
+        width = max(8, channels // 4)
+    return _split(shape, direction, width), "dense parts, wide enough to run near the peak"
+
+
+def _fenced(lowering: Lowering, alone: bool) -> Lowering:
+    return lowering if alone else Fenced(lowering)
+
+
+def _split(shape: ConvShape, direction: Direction, width: int) -> SplitGroups:
+    """The most parts that are at least so wide, in tiles that fill the columns of a matrix product."""
+    channels, groups = shape.input[3], shape.groups
+    parts = max(
+        (p for p in range(1, groups + 1) if groups % p == 0 and channels // p >= width), default=1
+    )
+    loop = parts > _LOOPED_PARTS
+    if direction is Direction.WEIGHT_GRADIENT:
+        return SplitGroups(parts, loop=loop)
+    columns = shape.result(direction)[3] // parts
+    if direction is Direction.INPUT_GRADIENT:
+        columns *= shape.strides[0] * shape.strides[1]
+    wide = min(shape.kernel[:2]) > 1 and shape.dilation == (1, 1)
+    times = _COLUMNS // columns if wide else 1
+    if times < 2:
+        return SplitGroups(parts, (1, 1), loop)
+    if times < 4:
+        # A tile in a row of one part needs no rearranging; a tile in a column of several measured better.
+        return SplitGroups(parts, (1, 2) if parts == 1 else (2, 1), loop)
+    return SplitGroups(parts, (1, 4), loop)
