@@ -19,7 +19,7 @@ BELOW = {
     "networks": set(),
     "nests": {"layers", "core"},
     "rewrites": {"core", "layers", "nests"},
-    "scores": {"core", "layers"},
+    "scores": {"core", "layers", "costs"},
     "costs": {"core", "nests"},
     "backends": {"core", "nests"},
     "data": set(),

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from score_oracle import BATCH, QUICK, Small, problem
 
 from nnopt.core import Example
+from nnopt.errors import ScoreError
+from nnopt.layers import Conv
 from nnopt.networks import WideResNet
 from nnopt.scores import (
     EpeNas,
@@ -385,6 +387,76 @@ def test_kernels_without_layers():
         shape = use.output.aval.shape
         assert shape[use.batch_axis] == 4
         assert [shape[a] for a in use.feature_axes] == [features]
+
+
+def test_lowered_convolutions_score_like_plain_ones():
+    """`nnopt.layers.Conv` is another primitive, and the same function with the same kernel."""
+
+    class Grouped(nn.Module):
+        kind: type
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(self.kind(8, (3, 3), feature_group_count=4, padding=1, name="grouped")(x))
+            x = nn.relu(
+                self.kind(8, (3, 3), feature_group_count=8, strides=2, padding=1, name="depthwise")(
+                    x
+                )
+            )
+            return nn.Dense(3, name="head")(x.mean(axis=(1, 2)))
+
+    images = np.random.default_rng(0).normal(size=(4, 6, 6, 4)).astype(np.float32)
+    labels = np.asarray([0, 1, 2, 2])
+    variables = Example(images).init(Grouped(nn.Conv), jax.random.key(0))
+    scores = [GradNorm(), Grasp(), LayerFisher(), SynFlow(), MeCo(), Naswot(), JacobCov()]
+    plain, lowered = (
+        Scorer(Grouped(kind), Example(images), scores, compiler_options=QUICK)(
+            variables, images, labels
+        )
+        for kind in (nn.Conv, Conv)
+    )
+    for score in scores:
+        assert list(lowered[score].sites) == list(plain[score].sites)
+        same(lowered[score], plain[score])
+
+
+class OwnDerivative(nn.Module):
+    """A layer inside a function with a derivative rule of its own, and one that mixes the examples."""
+
+    @nn.compact
+    def __call__(self, x):
+        @jax.custom_jvp
+        def double(x, kernel):
+            return 2 * x @ kernel
+
+        @double.defjvp
+        def _(primals, tangents):
+            (x, kernel), (dx, dkernel) = primals, tangents
+            return double(x, kernel), 2 * (dx @ kernel + x @ dkernel)
+
+        draw = nn.initializers.normal()
+        x = double(x.mean(axis=(1, 2)), self.param("own", draw, (4, 5)))
+        return self.param("mixing", draw, (4, 4)) @ x
+
+
+def test_kernels_out_of_sight_are_found_but_have_no_channels():
+    images = np.random.default_rng(0).normal(size=(4, 6, 6, 4)).astype(np.float32)
+    net, labels = OwnDerivative(), np.asarray([0, 1, 2, 4])
+    value = Scorer(net, Example(images), [GradNorm()], compiler_options=QUICK)(
+        Example(images).init(net, jax.random.key(0)), images, labels
+    )
+    assert set(value[GradNorm()].sites) == {"own", "mixing"}
+    with pytest.raises(ScoreError, match="loop"):
+        Scorer(net, Example(images), [LayerFisher()])
+
+    class Mixing(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = self.param("mixing", nn.initializers.normal(), (4, 4)) @ x.mean(axis=(1, 2))
+            return nn.Dense(3, name="head")(x)
+
+    with pytest.raises(ScoreError, match="'mixing' adds up over the examples"):
+        Scorer(Mixing(), Example(images), [LayerFisher()])
 
 
 def test_gates_stand_after_the_bias():

@@ -81,6 +81,7 @@ class RankingCommand:
                 self.data_dir,
                 self.batch,
                 self.seed,
+                grouped=True,
             )
             self._report_nasbench_macro(console, *self._score(console, job, layers))
 
@@ -96,7 +97,7 @@ class RankingCommand:
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
         )  # fmt: skip
-        with Progress(*columns, console=console) as progress:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(job.benchmark, total=len(chosen))
             progress.update(task, completed=len(chosen) - len(missing))
 
@@ -104,6 +105,10 @@ class RankingCommand:
                 results.add(row)
                 scored[row.index] = row
                 progress.advance(task)
+                state = progress.tasks[task]
+                if not console.is_terminal and state.completed % 10 == 0:
+                    left = f"{(state.time_remaining or 0) / 60:.0f} min left"
+                    console.print(f"{job.benchmark}: {state.completed:.0f}/{len(chosen)}, {left}")
 
             if missing:
                 score_all(job, missing, self.workers, on_row)

@@ -18,10 +18,11 @@ import jax
 import nnopt
 from experiments.scores.pieces import PiecewiseScorer
 from experiments.scores.weights import SharedWeights
-from nnopt.core import Example
+from nnopt.core import All, Example, rewrite
 from nnopt.core.files import write_whole
 from nnopt.data import cifar10, minibatch
 from nnopt.errors import DataError, ResultFolderError, ScoreError, SelectionError
+from nnopt.rewrites import LowerGroupedConvs
 from nnopt.scores import Parameters, Score
 from nnopt.scores.network import TracedNetwork
 
@@ -38,6 +39,8 @@ class Job:
         data_dir: folder of CIFAR-10 (`cifar-10-batches-py/`); the environment's `NNOPT_DATA` if None.
         batch: images in the minibatch; scores compare only at equal batch.
         seed: of the minibatch and of the weights.
+        grouped: whether the networks have grouped convolutions, whose gradients take seconds each on a CPU as XLA has them; they
+            are rewritten to what `nnopt.layers.Conv` makes of them.
     """
 
     benchmark: str
@@ -47,6 +50,7 @@ class Job:
     data_dir: str | None
     batch: int
     seed: int
+    grouped: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What a result file must agree with to be continued."""
@@ -167,9 +171,12 @@ class _Worker:
     def score(self, index: int, choice: Any) -> ScoredNetwork:
         start = time.perf_counter()
         net = self.job.network(choice)
+        variables = self.weights.of(net)
+        if self.job.grouped:
+            net = rewrite(net, LowerGroupedConvs(All()), example=self.example)
         scorer = self._scorer(net)
         key = jax.random.key(self.job.seed)
-        values = scorer(self.weights.of(net), self.images, self.labels, key)
+        values = scorer(variables, self.images, self.labels, key)
         totals = {
             name: values[score].total if score in values else math.nan
             for name, score in self.job.scores.items()

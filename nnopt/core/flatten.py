@@ -179,7 +179,10 @@ class _Builder:
                     if mark is None:
                         self.named.setdefault(eqn.params["name"], []).append(before[0])
                     elif mark[1]:
-                        self.left.setdefault(mark[0], []).append(before[0])
+                        seen = self.left.setdefault(mark[0], [])
+                        # A module that stands in for another leaves the same place twice with one value.
+                        if not seen or seen[-1] is not before[0]:
+                            seen.append(before[0])
                 after: Sequence[Atom] = before
             elif name in _CALLS:
                 after = self.inline(eqn.params[_CALLS[name]], before)

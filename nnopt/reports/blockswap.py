@@ -246,8 +246,8 @@ def _page(result: SearchResult, pictures: dict[str, bytes]) -> str:
 <h2>Score against parameters</h2>
 {image.format("Fisher potential of all candidates against their parameters", encoded["score.png"])}
 <p class=note>{s["scoring"]["candidates"]:,} candidates, drawn uniformly from the {_count(space["within_budget"])} of
-{_count(space["candidates"])} that lie within the budget ({space["fraction_within_budget"]:.2%}); all scored on one minibatch of
-{spec["score_batch"]} images, {s["scoring"]["seconds_each"]:.1f} s each.</p>
+{_count(space["candidates"])} that lie within the budget ({space["fraction_within_budget"]:.2%}); all scored on {_minibatches(spec)},
+{1000 * s["scoring"]["seconds_each"]:.0f} ms each.</p>
 <h2>The winner</h2>
 {image.format("Share of score and parameters of the winner, block by block", encoded["winner.png"])}
 {_html_table(block_table(result))}
@@ -259,3 +259,11 @@ def _page(result: SearchResult, pictures: dict[str, bytes]) -> str:
 <p class=note>{environment}.</p>
 </html>
 """
+
+
+def _minibatches(spec: dict[str, Any]) -> str:
+    """What candidates were scored on."""
+    seeds, batch = spec.get("score_seeds", 1), spec["score_batch"]
+    if seeds == 1:
+        return f"one minibatch of {batch} images"
+    return f"{seeds} minibatches of {batch} images, each with weights of its own"

@@ -53,7 +53,10 @@ def ranking_table(
 def _spread(value: float, geometric: bool) -> str:
     if not math.isfinite(value):
         return "-"
-    return f"x{math.exp(value):.2f}" if geometric else f"{value:.3g}"
+    if not geometric:
+        return f"{value:.3g}"
+    factor = math.exp(min(value, 700.0))  # beyond is no float
+    return f"x{factor:.2f}" if factor < 1000 else f"x{factor:.1e}"
 
 
 def _caption(ranking: Ranking, more: int) -> str:
@@ -91,27 +94,24 @@ def fidelity_table(rows: Sequence[Comparison], candidates: int, workers: int) ->
     """How well each setting ranks."""
     title = f"How well settings rank: {candidates} candidates against a consensus of other seeds"
     table = Table(title=Text(title, style="table.title"), title_justify="left")
-    table.add_column("setting")
-    for name in (
-        "s each", "against", "Spearman", "95% interval", "its best is", f"of best {rows[0].top}",
-    ):  # fmt: skip
+    top = f"top {rows[0].top}"
+    for name in ("batch x seeds", "s each", "against", "Spearman", "its best", top):
         table.add_column(name, justify="right")
     for row in rows:
         rho = row.spearman
         table.add_row(
-            row.setting,
-            f"{row.seconds:.3g}",
+            f"{row.setting.batch} x {len(row.setting.seeds)}",
+            f"{row.seconds:.3f}",
             f"{row.yardstick} seed{'s' if row.yardstick > 1 else ''}",
-            f"{rho.value:.3f}",
-            f"{rho.low:.3f}-{rho.high:.3f}",
+            Text(f"{rho.value:.3f} [{rho.low:.2f}, {rho.high:.2f}]"),
             f"no. {row.best_rank + 1:.1f}",
             f"{row.overlap:.1f}",
         )
     beside = f", {workers} processes side by side" if workers > 1 else ""
     table.caption = Text(
-        f"Against: the mean logarithm of that many reference seeds ({rows[-1].setting.split(' x ')[0]}), none of which the setting "
-        "shares; where there is a choice of seeds, means over all. Interval: bootstrap over candidates. "
-        f"Seconds: median a candidate, compiled{beside}.",
+        f"Against: the mean logarithm of that many reference seeds of batch {rows[-1].setting.batch}, none of them the setting's; "
+        "where there is a choice of seeds, means over all. Intervals: 95%, bootstrap over candidates. "
+        f"Seconds: median a candidate, all compiled{beside}.",
         style="table.caption",
     )
     table.caption_justify = "left"

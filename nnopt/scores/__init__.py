@@ -11,11 +11,11 @@ from nnopt.scores.layer_fisher import LayerFisher
 from nnopt.scores.meco import MeCo
 from nnopt.scores.naswot import Naswot
 from nnopt.scores.ntk import NtkCondition
-from nnopt.scores.passes import mean_cross_entropy
 from nnopt.scores.plain import Plain
 from nnopt.scores.score import Score, ScoreValue
 from nnopt.scores.scorer import Scorer
 from nnopt.scores.snip import Snip
+from nnopt.scores.sources import mean_cross_entropy
 from nnopt.scores.swap import Swap
 from nnopt.scores.synflow import SynFlow
 from nnopt.scores.zen import Zen

@@ -1,7 +1,8 @@
 """Size as a score: the baselines that every training-free score has to beat.
 
-Ning et al.: "Evaluating Efficient Performance Estimators of Neural Architectures" (https://arxiv.org/abs/2008.03064) show how much of many a score is size
-alone. Nothing is run; higher is better, as larger networks mostly are. They rank nothing among networks of one budget.
+Ning et al.: "Evaluating Efficient Performance Estimators of Neural Architectures" (https://arxiv.org/abs/2008.03064) show how
+much of many a score is size alone. Nothing is run; higher is better, as larger networks mostly are. They rank nothing among
+networks of one budget.
 """
 
 import dataclasses

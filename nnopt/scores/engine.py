@@ -72,30 +72,45 @@ class EngineStatistics:
     compile_seconds: float
 
 
+class Plan:
+    """A unit or skeleton: traced, cut, and what initialises it.
+
+    Attributes:
+        unit: what was traced.
+        initialise: what initialises it.
+        chain: what runs it.
+    """
+
+    def __init__(
+        self, unit: Unit, initialise: Initialiser, cut: Callable[[Unit, int | None], Chain]
+    ) -> None:
+        self.unit = unit
+        self.initialise = initialise
+        self.chain = cut(unit, None)
+        self._cut = cut
+        self._lanes: dict[int, Chain] = {}
+
+    def lanes(self, width: int | None) -> Chain:
+        """What runs it for several candidates at once; see `scores.lanes`."""
+        if width is None:
+            return self.chain
+        if width not in self._lanes:
+            self._lanes[width] = self._cut(self.unit, width)
+        return self._lanes[width]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Plan:
-    """A unit or skeleton: traced, cut, and what initialises it."""
-
-    unit: Unit
-    chain: Chain
-    initialise: Initialiser
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Piece:
-    """A plan at a path, with its weights by PRNG key. Equal units at several paths share a plan."""
+class Piece:
+    """A plan at a path, with its weights by PRNG key and lanes. Equal units at several paths share a plan."""
 
     path: Path
-    plan: _Plan
-    bound: dict[bytes, tuple[int, list[Any]]]
+    plan: Plan
+    bound: dict[tuple[bytes, int | None], tuple[int, list[Any]]]
 
     @property
     def chain(self) -> Chain:
+        """What runs one candidate."""
         return self.plan.chain
-
-    @property
-    def unit(self) -> Unit:
-        return self.plan.unit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,12 +120,16 @@ class Candidate:
     Attributes:
         skeleton: what is left around the units.
         pieces: the units, in call order.
+        activity: which values of the skeleton have cotangents: the arguments of `Chain.reverse`.
+        keys: the same for each unit; None for a unit that has no reverse pass.
         reverse: the reverse pass of the skeleton.
-        reverses: those of the units; None for a unit that needs none.
+        reverses: those of the units.
     """
 
-    skeleton: _Piece
-    pieces: tuple[_Piece, ...]
+    skeleton: Piece
+    pieces: tuple[Piece, ...]
+    activity: tuple[Flags, Flags, tuple[Flags, ...]]
+    keys: tuple[tuple[Flags, Flags] | None, ...]
     reverse: Reverse
     reverses: tuple[Reverse | None, ...]
 
@@ -120,6 +139,8 @@ class Engine(Generic[Result]):
 
     Attributes:
         units: paths of the units, in call order.
+        device: where it runs; JAX's default device if None.
+        cache: its programs.
     """
 
     def __init__(
@@ -149,10 +170,11 @@ class Engine(Generic[Result]):
         """
         if keep_programs:
             keep_compiled_programs()
+        self.device = device
         self._example = Example.of(example)
         self._look = look
         self._loss = loss
-        self._cache = ProgramCache(device)
+        self.cache = ProgramCache(device)
         self._platform = (device or jax.devices()[0]).platform
         self._sites = sites(net, self._example)
         self.units = _units(select(self._sites, ResidualBlocks() if where is None else where))
@@ -163,15 +185,15 @@ class Engine(Generic[Result]):
             path: Example(*self._sites[path].calls[0].args, **self._sites[path].calls[0].kwargs)
             for path in self.units
         }
-        self._plans: dict[tuple[str, str | Path], _Plan] = {}
-        self._pieces: dict[tuple[Path, str], _Piece] = {}
+        self._plans: dict[tuple[str, str | Path], Plan] = {}
+        self._pieces: dict[tuple[Path, str], Piece] = {}
         self._evaluations = 0
         self._one = jax.device_put(jnp.ones((), images.dtype), device)
 
     @property
     def statistics(self) -> EngineStatistics:
         """What it has done so far."""
-        done = self._cache.statistics
+        done = self.cache.statistics
         skeletons = sum(not path for path, _ in self._pieces)
         return EngineStatistics(
             self._evaluations,
@@ -200,24 +222,28 @@ class Engine(Generic[Result]):
             seen[index] = inputs, pieces[index].chain.active(inputs)
             return seen[index][1]
 
-        still = (False,) * len(skeleton.unit.arrays)
+        still = (False,) * len(skeleton.plan.unit.arrays)
         skeleton.chain.active(still, fill)
+        if len(seen) < len(pieces):
+            lost = next(path for i, path in enumerate(self.units) if i not in seen)
+            raise _blind(lost)
         outputs = tuple(seen[i][1] for i in range(len(pieces)))
-        reverse = skeleton.chain.reverse(still, (True,), outputs)
-        reverses: list[Reverse | None] = [None] * len(pieces)
+        activity = still, (True,), outputs
+        reverse = skeleton.chain.reverse(*activity)
+        keys: list[tuple[Flags, Flags] | None] = [None] * len(pieces)
         for part in reverse.parts:
             if isinstance(part, HoleReverse):
                 given = tuple(slot is not None for slot in part.cotangents)
-                chain = pieces[part.index].chain
-                reverses[part.index] = chain.reverse(seen[part.index][0], given)
+                keys[part.index] = seen[part.index][0], given
+        reverses = tuple(
+            None if flags is None else piece.chain.reverse(*flags)
+            for piece, flags in zip(pieces, keys, strict=True)
+        )
         for piece, done in ((skeleton, reverse), *zip(pieces, reverses, strict=True)):
             missed = piece.chain.missed(done)
             if missed:
-                raise UnsupportedNetworkError(
-                    f"the loss does not depend on {path_text((*piece.path, *missed[0]))!r}, so there is nothing to score there; "
-                    "select other units, or mend the network"
-                )
-        return Candidate(skeleton, pieces, reverse, tuple(reverses))
+                raise _blind((*piece.path, *missed[0]))
+        return Candidate(skeleton, pieces, activity, tuple(keys), reverse, reverses)
 
     def prepare(
         self,
@@ -241,7 +267,7 @@ class Engine(Generic[Result]):
             if not places <= seen or not seen:
                 seen |= places
                 self.candidate(edits)
-        programs = self._cache.pending()
+        programs = self.cache.pending()
         first = len(programs) * worker // workers
         for i, program in enumerate([*programs[first:], *programs[:first]]):
             program.compile()
@@ -263,7 +289,7 @@ class Engine(Generic[Result]):
             modules[unit] = Patched(base, Patch(below), parent=None) if below else base
         return outside, modules
 
-    def _piece(self, path: Path, module: nn.Module) -> _Piece:
+    def _piece(self, path: Path, module: nn.Module) -> Piece:
         code = self._code(module)
         if (path, code) not in self._pieces:
             call = self._calls[path]
@@ -276,10 +302,10 @@ class Engine(Generic[Result]):
                 alike = initialise.anywhere and not unit.random
                 key = (code, repr(call)) if alike else (code, path)
                 self._plans[key] = self._plan(unit, initialise)
-            self._pieces[path, code] = _Piece(path, self._plans[key], {})
+            self._pieces[path, code] = Piece(path, self._plans[key], {})
         return self._pieces[path, code]
 
-    def _skeleton(self, edits: Edits) -> _Piece:
+    def _skeleton(self, edits: Edits) -> Piece:
         code = Patch(edits).digest()
         if ((), code) not in self._pieces:
             edited = rewrite_traced(self._sites, Stand(tuple(edits.items()))) if edits else None
@@ -298,15 +324,20 @@ class Engine(Generic[Result]):
                 extra=(jax.ShapeDtypeStruct((self._batch,), jnp.int32),),
                 finish=summed_loss,
             )
-            self._pieces[(), code] = _Piece((), self._plan(unit, initialise), {})
+            self._pieces[(), code] = Piece((), self._plan(unit, initialise), {})
         return self._pieces[(), code]
 
-    def _plan(self, unit: Unit, initialise: Initialiser) -> "_Plan":
+    def _plan(self, unit: Unit, initialise: Initialiser) -> Plan:
         initialise.keep(unit.used())
-        initialise.plan(self._cache)
-        probes = self._look.probes(unit)
-        chain = Chain(unit.flat, unit.arrays, self._cache, probes, platform=self._platform)
-        return _Plan(unit, chain, initialise)
+        initialise.plan(self.cache)
+
+        def cut(unit: Unit, lanes: int | None) -> Chain:
+            probes = self._look.probes(unit)
+            return Chain(
+                unit.flat, unit.arrays, self.cache, probes, lanes=lanes, platform=self._platform
+            )
+
+        return Plan(unit, initialise, cut)
 
     def _code(self, module: nn.Module) -> str:
         """The fingerprint of a module; one that was seen before is known by its identity."""
@@ -335,19 +366,19 @@ class Engine(Generic[Result]):
         """
         self._evaluations += 1
         skeleton, pieces = candidate.skeleton, candidate.pieces
-        code = np.asarray(jax.random.key_data(key)).tobytes()
-        env = self._weights(skeleton, key, code)
-        envs = [self._weights(piece, key, code) for piece in pieces]
+        code = code_of(key)
+        env = self.weights(skeleton, key, code)
+        envs = [self.weights(piece, key, code) for piece in pieces]
         for slot, array in zip(skeleton.chain.inputs, (images, labels), strict=True):
             env[slot] = array
         for part in skeleton.chain.forward:
             if isinstance(part, Hole):
                 chain, inner = pieces[part.index].chain, envs[part.index]
                 _move(env, part.inputs, inner, chain.inputs)
-                _run(chain.forward, inner)
+                run_instructions(chain.forward, inner)
                 _move(inner, chain.outputs, env, part.outputs)
             else:
-                _run((part,), env)
+                run_instructions((part,), env)
         env[skeleton.chain.cotangent_slot(0)] = self._one
         for step in candidate.reverse.parts:
             if isinstance(step, HoleReverse):
@@ -355,13 +386,13 @@ class Engine(Generic[Result]):
                 reverse = candidate.reverses[step.index]
                 assert reverse is not None
                 _move(env, step.cotangents, inner, map(chain.cotangent_slot, range(len(step.cotangents))))
-                _run(reverse.parts, inner)
+                run_instructions(reverse.parts, inner)
                 _move(inner, reverse.inputs, env, step.gradients)
                 for input, slot in zip(chain.inputs, step.gradients, strict=True):
                     if slot is not None and env[slot] is None:  # an active input that the loss does not see
                         env[slot] = jnp.zeros_like(inner[input])
             else:
-                _run((step,), env)
+                run_instructions((step,), env)
         observed = {}
         passes = [*zip(pieces, envs, candidate.reverses, strict=True)]
         for piece, inner, done in [*passes, (skeleton, env, candidate.reverse)]:
@@ -379,23 +410,50 @@ class Engine(Generic[Result]):
         key: jax.Array,
     ) -> Result:
         """`run`, and the score of what was observed."""
-        observed = jax.device_get(self.run(candidate, images, labels, key))
-        return self._look.result(observed, self._batch)
+        return self.result(self.run(candidate, images, labels, key))
 
-    def _weights(self, piece: _Piece, key: jax.Array, code: bytes) -> list[Any]:
-        """A fresh `env` of a piece with its weights in place."""
-        chain = piece.chain
-        count, bound = piece.bound.get(code, (-1, []))
+    def result(self, observed: Mapping[str, Sequence[Any]]) -> Result:
+        """The score of what was observed; waits for it."""
+        return self._look.result(jax.device_get(dict(observed)), self._batch)
+
+    def weights(
+        self, piece: Piece, key: jax.Array, code: bytes, lanes: int | None = None
+    ) -> list[Any]:
+        """A fresh `env` of a piece with its weights in place: made once for a key, kept with the piece.
+
+        Args:
+            piece: the piece.
+            key: PRNG key of the network's weights.
+            code: `code_of(key)`.
+            lanes: how many candidates at once.
+        """
+        chain = piece.plan.lanes(lanes)
+        count, bound = piece.bound.get((code, lanes), (-1, []))
         if count != chain.weights:
-            values = [piece.unit.variables[i] for i in piece.unit.used()]
-            weights = dict(zip(values, piece.plan.initialise(key, self._cache, piece.path), strict=True))
-            weights[piece.unit.key] = jax.random.fold_in(key, 2)
+            unit = piece.plan.unit
+            values = [unit.variables[i] for i in unit.used()]
+            leaves = piece.plan.initialise(key, self.cache, piece.path)
+            weights = dict(zip(values, leaves, strict=True))
+            weights[unit.key] = jax.random.fold_in(key, 2)
             bound = chain.bind(weights)
-            piece.bound[code] = chain.weights, bound
+            piece.bound[code, lanes] = chain.weights, bound
         return chain.grown(bound)
 
 
-def _run(instructions: Iterable[Any], env: list[Any]) -> None:
+def _blind(path: Path) -> UnsupportedNetworkError:
+    return UnsupportedNetworkError(
+        f"the loss does not depend on {path_text(path)!r}, so there is nothing to score there; "
+        "select other units, or mend the network"
+    )
+
+
+def code_of(key: jax.Array) -> bytes:
+    """What a PRNG key is known by."""
+    return np.asarray(jax.random.key_data(key)).tobytes()
+
+
+def run_instructions(instructions: Iterable[Any], env: list[Any]) -> None:
+    """Runs programs on slots of an `env`, in order."""
     for program, reads, writes in instructions:
         results = program.run(*[env[i] for i in reads])
         for slot, result in zip(writes, results, strict=True):

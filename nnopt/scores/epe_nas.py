@@ -1,10 +1,10 @@
 """EPE-NAS: whether images of one class get input gradients that are neither equal nor unrelated.
 
 Lopes, Alirezazadeh, Alexandre: "EPE-NAS: Efficient Performance Estimation Without Training for Neural Architecture Search"
-(https://arxiv.org/abs/2102.08099), equations 4 to 7.
+(https://arxiv.org/abs/2102.08099).
 
-Definition. Row `n` of the Jacobian is the gradient of the sum of all outputs in image `n`, as for `JacobCov`. For each class `c` of the minibatch
-let `R_c` be the correlation matrix (Pearson) of the rows of its images, and, with `k = 1e-5`,
+Definition. Row `n` of the Jacobian is the gradient of the sum of all outputs in image `n`, as for `JacobCov`. For each class
+`c` of the minibatch let `R_c` be the correlation matrix (Pearson) of the rows of its images, and, with `k = 1e-5`,
 
     e_c   = sum_ij log( |R_c|_ij + k )                     up to 100 classes in the minibatch; beyond, divided by the number of rows
     score = sum_c |e_c|                                    up to 100 classes
@@ -19,9 +19,10 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from nnopt.scores.forward import InputJacobian
 from nnopt.scores.jacob_cov import correlations, jacobian_rows
 from nnopt.scores.network import TracedNetwork
-from nnopt.scores.passes import InputJacobian, Labels
+from nnopt.scores.passes import Labels
 from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
 
 
@@ -52,15 +53,11 @@ class EpeNas(Score):
         """See `Score`."""
         labels = reduced["labels"]
         classes = np.unique(labels)
-        energies = []
-        for label in classes:
-            rows = reduced["rows"][labels == label]
-            energy = np.log(np.abs(correlations(rows)) + self.k).sum()
-            energies.append(energy / len(rows) if len(classes) > self.many else energy)
-        energy = np.asarray(energies)
+        each = [reduced["rows"][labels == label] for label in classes]
+        energies = [np.log(np.abs(correlations(rows)) + self.k).sum() for rows in each]
+        parts = np.abs(energies)
         if len(classes) > self.many:
-            parts = np.abs(energy[:, None] - energy[None, :]).sum(axis=1) / len(classes)
-        else:
-            parts = np.abs(energy)
+            means = np.asarray([e / len(rows) for e, rows in zip(energies, each, strict=True)])
+            parts = np.abs(means[:, None] - means[None, :]).sum(axis=1) / len(classes)
         sites = {f"class {c}": float(p) for c, p in zip(classes, parts, strict=True)}
         return ScoreValue(float(parts.sum()), sites)

@@ -35,11 +35,13 @@ from nnopt.core.paths import path_text
 from nnopt.core.rewrite import rewrite_traced
 from nnopt.layers import GATES, AddGate
 from nnopt.layers.combinators import after_name
+from nnopt.scores.forward import LossGradient
 from nnopt.scores.network import TracedNetwork, image_example
-from nnopt.scores.passes import BlockGates, LossGradient, mean_cross_entropy
-from nnopt.scores.probes import block_probes
+from nnopt.scores.probes import block_probes as block_probes
 from nnopt.scores.reductions import root_sums_of_squares
 from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
+from nnopt.scores.sources import BlockGates
+from nnopt.scores.sources import mean_cross_entropy as mean_cross_entropy
 from nnopt.typing import Path, Variables
 
 
@@ -64,8 +66,8 @@ class Sum(Aggregation):
 class LogSum(Aggregation):
     """The sum over blocks of the logarithm of each block's potential: every block counts alike.
 
-    Ranks by the product of the potentials, so a change by the same factor weighs the same in every block. A block of potential zero makes it minus
-    infinity.
+    Ranks by the product of the potentials, so a change by the same factor weighs the same in every block. A block of potential
+    zero makes it minus infinity.
     """
 
     def __call__(self, potentials: np.ndarray) -> float:

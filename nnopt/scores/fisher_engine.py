@@ -1,8 +1,10 @@
 """Fisher potential of many networks that share a skeleton, by the engine where it can, as whole networks where it cannot."""
 
+import collections
+import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -11,17 +13,21 @@ from nnopt.core import Example, Selector, sites
 from nnopt.core.example import rngs
 from nnopt.core.rewrite import rewrite_traced
 from nnopt.errors import SelectionError, UnsupportedNetworkError
-from nnopt.scores.engine import Engine, EngineStatistics, Stand
+from nnopt.scores.engine import Candidate, Engine, EngineStatistics, Stand
 from nnopt.scores.fisher import FisherPotential, FisherScore, mean_cross_entropy
+from nnopt.scores.lanes import SideBySide
 from nnopt.scores.looks import LookForFisherPotential
 from nnopt.typing import Path
+
+Batch: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+"""Images `[batch, height, width, channels]`, int32 labels `[batch]`, and the PRNG key of the weights."""
 
 
 class FisherEngine:
     """Fisher potential at initialisation, of a base network with other modules standing at some of its paths.
 
     Attributes:
-        engine: what runs candidates as chains of small programs; None if this network cannot be cut.
+        engines: what runs candidates as chains of small programs, one for each device; none if this network cannot be cut.
     """
 
     def __init__(
@@ -31,7 +37,7 @@ class FisherEngine:
         *,
         where: Selector | str | None = None,
         loss: Callable[[jax.Array, jax.Array], jax.Array] = mean_cross_entropy,
-        device: Any = None,
+        devices: Sequence[Any] = (None,),
     ) -> None:
         """Cuts the network, or warns that every candidate is compiled as a whole.
 
@@ -40,7 +46,7 @@ class FisherEngine:
             example: an `Example` of the scored batch as the network takes it in training, `Example(images, train=True)`.
             where: the units that differ between candidates; residual blocks by default.
             loss: `(outputs, labels) -> scalar`, a mean over the batch.
-            device: where to run; JAX's default device if None.
+            devices: where to run: `jax.local_devices()`, or a part of it; JAX's default device by default.
 
         Raises:
             SelectionError: the network has no residual block.
@@ -49,25 +55,22 @@ class FisherEngine:
         self._loss = loss
         self._sites = sites(net, self._example)
         self._where = where
-        self.engine: Engine[FisherScore] | None = None
+        self.engines: list[Engine[FisherScore]] = []
+        look = LookForFisherPotential()
         try:
-            self.engine = Engine(
-                net,
-                self._example,
-                LookForFisherPotential(),
-                loss=loss,
-                where=where,
-                device=device,
-            )
-            self.engine.candidate()
+            self.engines = [
+                Engine(net, self._example, look, loss=loss, where=where, device=device)
+                for device in devices
+            ]
+            self.engines[0].candidate()
         except (SelectionError, UnsupportedNetworkError) as e:
             FisherPotential(net, self._example, loss=loss)  # raises if it cannot be scored at all
             self._give_up(e)
 
     @property
     def statistics(self) -> EngineStatistics | None:
-        """What the engine has done so far."""
-        return self.engine.statistics if self.engine is not None else None
+        """What the engine of the first device has done so far."""
+        return self.engines[0].statistics if self.engines else None
 
     def prepare(
         self,
@@ -77,9 +80,9 @@ class FisherEngine:
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Compiles what these candidates need; see `Engine.prepare`."""
-        if self.engine is not None:
+        if self.engines:
             try:
-                self.engine.prepare(candidates, worker, workers, on_progress)
+                self.engines[0].prepare(candidates, worker, workers, on_progress)
             except UnsupportedNetworkError as e:
                 self._give_up(e)
 
@@ -99,12 +102,69 @@ class FisherEngine:
             key: the weights are those of `net.init(key, ...)`, so the same unit at the same position has the same weights in every
                 candidate.
         """
-        if self.engine is not None:
+        if self.engines:
             try:
-                candidate = self.engine.candidate(edits)
-                return self.engine.score(candidate, images, labels, key)
+                candidate = self.engines[0].candidate(edits)
+                return self.engines[0].score(candidate, images, labels, key)
             except UnsupportedNetworkError as e:
                 self._give_up(e)
+        return self._whole(edits, images, labels, key)
+
+    def stream(
+        self,
+        candidates: Iterable[Mapping[Path, nn.Module]],
+        batches: Sequence[Batch],
+        *,
+        lanes: int = 1,
+        ahead: int = 0,
+    ) -> Iterator[list[FisherScore]]:
+        """Scores candidates one after another, each on all minibatches, and keeps accelerators busy meanwhile.
+
+        Args:
+            candidates: edits of each.
+            batches: triples of images, labels and key, as for a single candidate.
+            lanes: how many candidates run side by side in one row of programs (`scores.lanes`). More compile more programs; worth it
+                on a device that one candidate does not fill, not on a CPU.
+            ahead: how many such rows are under way, on each device, while the results of the one before are waited for.
+
+        Yields:
+            The scores of a candidate, one for each minibatch.
+        """
+        if not self.engines:
+            for edits in candidates:
+                yield [self(edits, *batch) for batch in batches]
+            return
+        placed = [
+            [tuple(jax.device_put(a, engine.device) for a in batch) for batch in batches]
+            for engine in self.engines
+        ]
+        turns = itertools.cycle(zip(self.engines, placed, strict=True))
+        under_way: collections.deque[list[Callable[[], list[FisherScore]]]] = collections.deque()
+        rest = iter(candidates)
+        while chunk := list(itertools.islice(rest, lanes)):
+            engine, here = next(turns)
+            try:
+                ready = [engine.candidate(edits) for edits in chunk]
+            except UnsupportedNetworkError as e:
+                self._give_up(e)
+                while under_way:
+                    yield from _finished(under_way.popleft())
+                yield from self.stream(itertools.chain(chunk, rest), batches)
+                return
+            if lanes == 1:
+                started = [_begin_one(engine, ready[0], *batch) for batch in here]
+            else:
+                side_by_side = SideBySide(engine, lanes)
+                started = [side_by_side.begin(ready, *batch) for batch in here]
+            under_way.append(started)
+            if len(under_way) > ahead * len(self.engines):
+                yield from _finished(under_way.popleft())
+        while under_way:
+            yield from _finished(under_way.popleft())
+
+    def _whole(
+        self, edits: Mapping[Path, nn.Module], images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> FisherScore:
         net = rewrite_traced(self._sites, Stand(tuple(edits.items())))
         # A candidate's program runs once: on a CPU, compiling it well takes longer than running it badly.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -113,9 +173,22 @@ class FisherEngine:
         return score(variables, images, labels)
 
     def _give_up(self, reason: Exception) -> None:
-        self.engine = None
+        self.engines = []
         warnings.warn(
             f"networks like {type(self._sites.net).__name__} are scored as a whole, which compiles each for seconds where "
             f"the engine takes a fraction of one: {reason}",
             stacklevel=3,
         )
+
+
+def _begin_one(
+    engine: Engine[FisherScore], candidate: Candidate, *batch: jax.Array
+) -> Callable[[], list[FisherScore]]:
+    observed = engine.run(candidate, *batch)
+    return lambda: [engine.result(observed)]
+
+
+def _finished(started: Sequence[Callable[[], list[FisherScore]]]) -> Iterator[list[FisherScore]]:
+    """From the scores of several candidates on each minibatch, those of each candidate on all."""
+    for scores in zip(*(wait() for wait in started), strict=True):
+        yield list(scores)

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
-from nnopt.core.dataflow import CONVOLUTIONS
 from nnopt.core.flatten import FlatEquation, Value
-from nnopt.scores.network import TracedNetwork, rectifier
+from nnopt.scores.kernel_uses import PRODUCTS
+from nnopt.scores.network import TracedNetwork
+from nnopt.scores.rectifiers import rectifier
 
 _LINEAR = {
     "abs", "broadcast_in_dim", "convert_element_type", "copy", "cumsum", "dynamic_slice", "expand_dims", "gather", "neg",
@@ -33,7 +34,6 @@ _ALIGNED = {
     "add", "add_any", "sub", "concatenate", "max", "select_n", "pad", "dynamic_update_slice",
     "eq", "ne", "lt", "le", "gt", "ge",
 }  # fmt: skip
-_PRODUCTS = {*CONVOLUTIONS, "dot_general"}
 _NOWHERE = -(2**20)  # the exponent of an array of zeros: below any other
 
 
@@ -115,9 +115,9 @@ def flow(
     count = len(jax.tree.leaves(network.outputs))
     total: Scaled | None = None
     for atom in network.flat.outputs[:count]:
-        value = atom.val if isinstance(atom, jex.Literal) else known[atom]
-        value = value if isinstance(value, Scaled) else Scaled.of(value)
-        part = Scaled.of(jnp.sum(value.mantissa), value.exponent)
+        array = atom.val if isinstance(atom, jex.Literal) else known[atom]
+        scaled = array if isinstance(array, Scaled) else Scaled.of(array)
+        part = Scaled.of(jnp.sum(scaled.mantissa), scaled.exponent)
         if total is not None:
             larger = jnp.maximum(total.exponent, part.exponent)
             part = Scaled.of(total.at(larger) + part.at(larger), larger)
@@ -130,7 +130,7 @@ def _run(equation: FlatEquation, inputs: Sequence[Any], saturate: bool) -> Seque
     name = equation.primitive.name
     cap = rectifier(equation)
     scaled = [x for x in inputs if isinstance(x, Scaled)]
-    if name in _PRODUCTS:
+    if name in PRODUCTS:
         # Also of plain values: a product is where size comes from.
         (y,) = equation.run([_mantissa(i) for i in inputs])
         return [Scaled.of(y, sum(x.exponent for x in scaled))]

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from nnopt.scores.forward import LossGradient
 from nnopt.scores.network import TracedNetwork
-from nnopt.scores.passes import Kernels, LossGradient
 from nnopt.scores.reductions import channel_norms
 from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
+from nnopt.scores.sources import Kernels
 
 _GRADIENT = LossGradient(Kernels())
 

@@ -4,8 +4,8 @@ Wang, Zhang, Grosse: "Picking Winning Tickets Before Training by Preserving Grad
 section 4, with temperature 1; summed to a score by Abdelfattah et al. (https://arxiv.org/abs/2101.08134), section 3.
 
 Definition. `sum -W * (H g)` over all values of the kernels of convolutions and linear layers, where `g = dL/dW` and `H` is the
-Hessian of `L` in these kernels: the first-order change of `g.g` when weights are removed, halved. No biases, no
-normalisation. `L` is the mean over one minibatch, train mode, random initialisation. Higher is better, as in the zero-cost proxy paper.
+Hessian of `L` in these kernels: the first-order change of `g.g` when weights are removed, halved. No biases, no normalisation.
+`L` is the mean over one minibatch, train mode, random initialisation. Higher is better, as in the zero-cost proxy paper.
 
 `H g` is the derivative of the gradient along the gradient, forward over reverse: no second backward run.
 """

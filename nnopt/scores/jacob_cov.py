@@ -3,13 +3,13 @@
 Mellor, Turner, Storkey, Crowley: "Neural Architecture Search without Training", first version (https://arxiv.org/abs/2006.04647v1);
 `jacob_cov` of Abdelfattah et al. (https://arxiv.org/abs/2101.08134).
 
-Definition. Row `n` of the Jacobian `J` is the gradient of the sum of all outputs in image `n`, of one minibatch in train mode at random
-initialisation. With the eigenvalues `v` of the correlation matrix of the rows (Pearson, over pixels) and `k = 1e-5`,
+Definition. Row `n` of the Jacobian `J` is the gradient of the sum of all outputs in image `n`, of one minibatch in train mode
+at random initialisation. With the eigenvalues `v` of the correlation matrix of the rows (Pearson, over pixels) and `k = 1e-5`,
 
     score = -sum_i ( log(v_i + k) + 1 / (v_i + k) )        higher is better
 
-It is greatest where all correlations are zero, then `-N (log(1 + k) + 1 / (1 + k))`. No labels. The score does not split into sites. An
-image whose gradient is constant has no correlation: the score is NaN.
+It is greatest where all correlations are zero, then `-N (log(1 + k) + 1 / (1 + k))`. No labels. The score does not split into
+sites. An image whose gradient is constant has no correlation: the score is NaN.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from nnopt.scores.forward import InputJacobian
 from nnopt.scores.network import TracedNetwork
-from nnopt.scores.passes import InputJacobian
 from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
 
 

@@ -2,8 +2,8 @@
 
 Abdelfattah, Mehrotra, Dudziak, Lane: "Zero-Cost Proxies for Lightweight NAS" (https://arxiv.org/abs/2101.08134) and its code.
 
-Definition. `sum_l || W_l ||_2` over the kernels of all convolutions and linear layers at random initialisation. No images, no labels.
-Higher is better (with He initialisation it counts channels and layers).
+Definition. `sum_l || W_l ||_2` over the kernels of all convolutions and linear layers at random initialisation. No images, no
+labels. Higher is better (with He initialisation it counts channels and layers).
 """
 
 import dataclasses

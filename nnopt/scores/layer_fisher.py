@@ -1,17 +1,19 @@
 """Layer Fisher: the score called Fisher in the zero-cost proxy literature. It is not BlockSwap's Fisher potential.
 
-Theis, Korshunova, Tejani, Huszar: "Faster gaze prediction with dense networks and Fisher pruning" (https://arxiv.org/abs/1801.05787), summed to a score
-by Abdelfattah, Mehrotra, Dudziak, Lane: "Zero-Cost Proxies for Lightweight NAS" (https://arxiv.org/abs/2101.08134) and its code.
+Theis, Korshunova, Tejani, Huszar: "Faster gaze prediction with dense networks and Fisher pruning"
+(https://arxiv.org/abs/1801.05787), summed to a score by Abdelfattah, Mehrotra, Dudziak, Lane: "Zero-Cost Proxies for
+Lightweight NAS" (https://arxiv.org/abs/2101.08134) and its code.
 
-Definition. Probes are the outputs `a` of *every* convolution and linear layer, after the bias; `g = dL/da`, where `L` is the mean over one minibatch of
-`N`, train mode, random initialisation. Each channel counts as often as it has weights (`k^2 in / groups` for a convolution):
+Definition. Probes are the outputs `a` of *every* convolution and linear layer, after the bias; `g = dL/da`, where `L` is the
+mean over one minibatch of `N`, train mode, random initialisation. Each channel counts as often as it has weights (`k^2 in /
+groups` for a convolution):
 
     channel c:  Delta_c = 1/(2N) sum_n ( sum_ij a_nijc g_nijc )^2
     layer l:    sum_c Delta_c * weights_l / channels_l
     network:    sum over layers                        higher is better
 
-So wide layers weigh more than in `Fisher`, which probes each residual block once and counts channels once. The mean in `L` puts a hidden
-`1/N^2` into it: compare only at equal batch size. A layer that is called several times adds up its calls.
+So wide layers weigh more than in `Fisher`, which probes each residual block once and counts channels once. The mean in `L` puts
+a hidden `1/N^2` into it: compare only at equal batch size. A layer that is called several times adds up its calls.
 """
 
 import dataclasses
@@ -21,10 +23,11 @@ import jax
 import numpy as np
 
 from nnopt.core.paths import path_text
+from nnopt.scores.forward import LossGradient
 from nnopt.scores.network import TracedNetwork
-from nnopt.scores.passes import LayerGates, LossGradient
 from nnopt.scores.reductions import root_sums_of_squares
 from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
+from nnopt.scores.sources import LayerGates
 
 _GRADIENT = LossGradient(LayerGates())
 

@@ -1,15 +1,16 @@
 """MeCo: the smallest eigenvalue of the correlations between the channels of feature maps.
 
 Jiang, Wang, Bie: "MeCo: Zero-Shot NAS with One Data and Single Forward Pass via Minimum Eigenvalue of Correlation" (NeurIPS 2023,
-https://openreview.net/forum?id=KFm2lZiI7n).
+https://proceedings.neurips.cc/paper_files/paper/2023/hash/bfa815ac6f08f4ada34fe22be054f2b9-Abstract-Conference.html).
 
-Definition. For each convolution let `f [channels, positions]` be what it makes of one image (the first of the minibatch, in train mode at random
-initialisation), and `P` the Pearson correlations of the channels over the positions. The score is the sum over convolutions of
-the smallest eigenvalue of `P`; higher is better. No labels, no gradients.
+Definition. For each convolution let `f [channels, positions]` be what it makes of one image (the first of the minibatch, in
+train mode at random initialisation), and `P` the Pearson correlations of the channels over the positions. The score is the sum
+over convolutions of the smallest eigenvalue of `P`; higher is better. No labels, no gradients.
 
-A constant channel has no correlation with anything; as in the authors' code its row of `P` is zero. Where there are at least as many
-channels as positions the rank of `P` is smaller than its size, and the eigenvalue is zero exactly. The authors' code adds up all modules,
-containers included, and so counts many maps more than once; normalisation after a convolution changes no correlation.
+A constant channel has no correlation with anything; as in the authors' code its row of `P` is zero. Where there are at least as
+many channels as positions the rank of `P` is smaller than its size, and the eigenvalue is zero exactly. The authors' code adds
+up all modules, containers included, and so counts many maps more than once; normalisation after a convolution changes no
+correlation.
 """
 
 import dataclasses
@@ -18,9 +19,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from nnopt.scores.forward import FeatureMaps
 from nnopt.scores.jacob_cov import correlations
 from nnopt.scores.network import TracedNetwork
-from nnopt.scores.passes import FeatureMaps
 from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
 
 

@@ -1,16 +1,16 @@
 """NASWOT: whether images fall into different linear regions of the network.
 
-Mellor, Turner, Storkey, Crowley: "Neural Architecture Search without Training" (https://arxiv.org/abs/2006.04647), equations 1 and 2.
+Mellor, Turner, Storkey, Crowley: "Neural Architecture Search without Training" (https://arxiv.org/abs/2006.04647).
 
-Definition. Every ReLU unit is on (`input > 0`) or off for each of `N` images of one minibatch, in train mode at random initialisation: a binary
-code `c_n` of `N_A` bits for image `n`. With the Hamming distance `d_H`,
+Definition. Every ReLU unit is on (`input > 0`) or off for each of `N` images of one minibatch, in train mode at random
+initialisation: a binary code `c_n` of `N_A` bits for image `n`. With the Hamming distance `d_H`,
 
     K_ij  = N_A - d_H(c_i, c_j)
     score = log |det K|                                    higher is better
 
-`K` is summed over the ReLUs, `x x^T + (1 - x)(1 - x)^T` for the codes `x [N, units]` of one. No labels, no gradients, and no dependence on the
-order of the images. `nn.relu`, `nn.relu6` and any maximum with zero count, called as functions too. Two images with
-one code make `K` singular: the score is minus infinity. The score does not split into sites.
+`K` is summed over the ReLUs, `x x^T + (1 - x)(1 - x)^T` for the codes `x [N, units]` of one. No labels, no gradients, and no
+dependence on the order of the images. `nn.relu`, `nn.relu6` and any maximum with zero count, called as functions too. Two
+images with one code make `K` singular: the score is minus infinity. The score does not split into sites.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nnopt.scores.forward import ReluInputs
 from nnopt.scores.network import TracedNetwork
-from nnopt.scores.passes import ReluInputs
 from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
 
 

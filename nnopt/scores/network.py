@@ -6,8 +6,7 @@ convolution called through `jax.lax` count like any other. Only normalisation an
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -15,12 +14,20 @@ import jax
 from jax.extend import core as jex
 
 from nnopt.core import Example, sites
-from nnopt.core.dataflow import CONVOLUTIONS, Equation, Reach, reach
-from nnopt.core.flatten import Atom, Flat, FlatEquation, Value, flatten
+from nnopt.core.dataflow import Equation, Reach, reach
+from nnopt.core.flatten import Flat, FlatEquation, Value, flatten
 from nnopt.core.marks import mark_sites
 from nnopt.core.paths import path_text
 from nnopt.core.sites import Sites
 from nnopt.errors import ScoreError, UnsupportedNetworkError
+from nnopt.scores.kernel_uses import (
+    PRODUCTS,
+    KernelUse,
+    kernel_use,
+    kernels_inside,
+    primitives_inside,
+)
+from nnopt.scores.rectifiers import is_zero, keeps_zero, relu_input
 from nnopt.typing import Path, Variables
 
 Edit: TypeAlias = Callable[[jax.Array, Mapping[Value, jax.Array]], jax.Array]
@@ -29,32 +36,7 @@ Edit: TypeAlias = Callable[[jax.Array, Mapping[Value, jax.Array]], jax.Array]
 NORMALISATIONS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm)
 """Flax's layers that divide by a statistic of their input."""
 
-_UNCHANGED_ZERO = ("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "copy")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class KernelUse:
-    """A convolution or matrix product of data with parameters.
-
-    Attributes:
-        path: the site that computes it.
-        kernels: the parameters that its kernel is made of.
-        output: what it returns, after the bias if one is added.
-        batch_axis: the axis of the output that counts the examples.
-        feature_axes: the axes of the output that come from the kernel: channels.
-        weights_per_feature: values of the kernel that make one of them, `k^2 in / groups` for a convolution.
-        data: its input.
-        is_convolution: whether its output has positions.
-    """
-
-    path: Path
-    kernels: tuple[Path, ...]
-    output: Value
-    batch_axis: int
-    feature_axes: tuple[int, ...]
-    weights_per_feature: int
-    data: Atom
-    is_convolution: bool
+_CONTROL = ("scan", "while", "cond")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,19 +52,13 @@ class TracedNetwork:
     """A network traced in train mode for one batch shape.
 
     Attributes:
-        net: the network.
-        example: the minibatch as the network takes it.
-        sites: of the network.
-        batch: number of examples.
-        flat: its program: `(variables, images, key) -> outputs, new state`.
-        images: the value of the images.
-        outputs: what the network returns, as shapes.
-        parameters: path of each parameter, as `("block", "conv", "kernel")` -> its value.
-        uses: where kernels meet data, in order of execution.
-        kernels: the parameters in `uses`, and those inside loops, that have two or more axes, each once.
-        loops: sites inside loops and conditionals (`nn.scan`) that hold kernels or maxima of data: `uses` and `relus` do not see them.
-        relus: site and input of each ReLU that acts on data.
-        residuals: the sum of each residual addition -> the operand that came through more convolutions.
+        net: the network. example: the minibatch as the network takes it. sites: of the network. batch: number of examples.
+        flat: its program: `(variables, images, key) -> outputs, new state`. images: the value of the images. outputs: what the
+        network returns, as shapes. parameters: path of each parameter, as `("block", "conv", "kernel")` -> its value. uses:
+        where kernels meet data, in order of execution. kernels: the parameters in `uses`, and those inside loops, that have two
+        or more axes, each once. loops: sites inside loops and conditionals (`nn.scan`) that hold kernels or maxima of data:
+        `uses` and `relus` do not see them. relus: site and input of each ReLU that acts on data. residuals: the sum of each
+        residual addition -> the operand that came through more convolutions.
     """
 
     def __init__(self, found: Sites, variables: Any, images: Any) -> None:
@@ -185,15 +161,28 @@ class TracedNetwork:
         """Raises if there are layers inside loops.
 
         Args:
-            what: who cannot look into them.
+            what: who would miss them.
 
         Raises:
-            ScoreError: naming the loop.
+            ScoreError: naming the first.
         """
         if self.loops:
             raise ScoreError(
                 f"{path_text(self.loops[0])!r} runs inside a loop (nn.scan), where {what} cannot tell one layer from another; "
                 "write the layers out"
+            )
+
+    def check_uses(self) -> None:
+        """Raises if a kernel is used where no axis of the result counts the examples.
+
+        Raises:
+            ScoreError: naming the kernel.
+        """
+        seen = {kernel for use in self.uses for kernel in use.kernels}
+        unseen = [name for name, kernel in self.named_kernels.items() if kernel not in seen]
+        if unseen:
+            raise ScoreError(
+                f"{unseen[0]!r} adds up over the examples, so there is no channel of one example to score; choose another score"
             )
 
     def check_kernels(self) -> None:
@@ -282,51 +271,57 @@ class TracedNetwork:
         zeros: set[Value] = set()
         biased = self._bias_additions(origins)
         norms = {s.path for s in self.sites if isinstance(s.module, NORMALISATIONS)}
-        self.uses: tuple[KernelUse, ...] = ()
+        self.uses: list[KernelUse] = []
         self.relus: list[tuple[Path, Value]] = []
         self.residuals: dict[Value, Value] = {}
         self.loops: list[Path] = []
-        hidden: list[Path] = []
+        found: list[Path] = []
         for equation in self.flat.equations:
-            inputs = equation.inputs
-            is_data = [isinstance(a, Value) and a in self._data for a in inputs]
-            origin = frozenset().union(
-                *(origins.get(a, frozenset()) for a in inputs if isinstance(a, Value))
-            )
-            name = equation.primitive.name
-            if any(is_data):
-                self._data.update(equation.outputs)
-                before = [reaches.get(a) if isinstance(a, Value) else None for a in inputs]
-                flows_on, addition = reach(_as_equation(equation), before)
-                reaches.update(dict.fromkeys(equation.outputs, flows_on))
-                if addition is not None:
-                    deeper = max(zip(before, inputs, strict=True), key=lambda p: p[0].depth)[1]  # type: ignore[union-attr]
-                    self.residuals[equation.outputs[0]] = deeper  # type: ignore[assignment]
-                if name in (*CONVOLUTIONS, "dot_general") and sum(is_data) == 1:
-                    param = inputs[1 - is_data.index(True)]
-                    names = origins.get(param, frozenset()) if isinstance(param, Value) else ()
-                    use = self._use(equation, is_data.index(True), names, biased) if names else None
-                    self.uses += (use,) if use else ()
-                elif any(True for _ in _inner(equation)) and name != "custom_jvp_call":
-                    each = [
-                        origins.get(a, frozenset()) if isinstance(a, Value) else frozenset()
-                        for a in inputs
-                    ]
-                    inside = _kernels_inside(equation, is_data, each)
-                    hidden += inside
-                    if inside or "max" in _primitives(equation):
-                        self.loops.append(inside[0][:-1] if inside else equation.path)
-                if equation.path not in norms:
-                    relu = _relu_input(equation, zeros)
-                    if relu is not None and relu in self._data and relu.aval.ndim > 1:
-                        self.relus.append((equation.path, relu))
-            else:
-                origins.update(dict.fromkeys(equation.outputs, origin))
-                if name in _UNCHANGED_ZERO and _is_zero(inputs[0], zeros):
+            values = [a if isinstance(a, Value) else None for a in equation.inputs]
+            is_data = [v in self._data for v in values]
+            origin = [origins.get(v, frozenset()) if v else frozenset() for v in values]
+            if not any(is_data):
+                origins |= dict.fromkeys(equation.outputs, frozenset().union(*origin))
+                if keeps_zero(equation) and is_zero(equation.inputs[0], zeros):
                     zeros.update(equation.outputs)
-        found = [k for use in self.uses for k in use.kernels] + hidden
+                continue
+            self._data.update(equation.outputs)
+            before = [reaches.get(v) if v else None for v in values]
+            flows_on, addition = reach(_as_equation(equation), before)
+            reaches |= dict.fromkeys(equation.outputs, flows_on)
+            if addition is not None:
+                depths = [r.depth if r else -1 for r in before]
+                branch = values[depths.index(max(depths))]
+                assert branch is not None
+                self.residuals[equation.outputs[0]] = branch
+            found += self._kernels_of(equation, is_data, origin, biased)
+            entered = relu_input(equation, zeros)
+            if entered in self._data and entered is not None and equation.path not in norms:
+                # Of one axis are statistics, and no units of an example.
+                self.relus += [(equation.path, entered)] if entered.aval.ndim > 1 else []
         matrices = [k for k in found if self.parameters[k].aval.ndim > 1]
         self.kernels: tuple[Path, ...] = tuple(dict.fromkeys(matrices))
+
+    def _kernels_of(
+        self,
+        equation: FlatEquation,
+        is_data: Sequence[bool],
+        origin: Sequence[frozenset[Path]],
+        biased: Mapping[Value, Value],
+    ) -> list[Path]:
+        """The parameters that meet data in an equation; notes where, or that it is out of sight."""
+        name = equation.primitive.name
+        if name in PRODUCTS and sum(is_data) == 1:
+            data = is_data.index(True)
+            kernels = tuple(k for k in self.parameters if k in origin[1 - data])
+            output = biased.get(equation.outputs[0], equation.outputs[0])
+            use = kernel_use(equation, data, kernels, output) if kernels else None
+            self.uses += [use] if use else []
+            return list(kernels)
+        inside = kernels_inside(equation, is_data, origin)
+        if inside or (name in _CONTROL and "max" in primitives_inside(equation)):
+            self.loops.append(inside[0][:-1] if inside else equation.path)
+        return inside
 
     def _bias_additions(self, parameters: Collection[Value]) -> dict[Value, Value]:
         """The value before a bias is added -> the value after it, where nothing else reads the former."""
@@ -347,35 +342,6 @@ class TracedNetwork:
             if other and isinstance(other[0], Value) and other[0] in pure and value not in pure:
                 found[value] = read_by[0].outputs[0]
         return found
-
-    def _use(
-        self,
-        equation: FlatEquation,
-        data: int,
-        kernels: Iterable[Path],
-        biased: Mapping[Value, Value],
-    ) -> KernelUse | None:
-        output = equation.outputs[0]
-        param = equation.inputs[1 - data].aval
-        if equation.primitive.name == "dot_general":
-            axes = _product_axes(equation, data)
-            if axes is None:
-                return None
-            batch, features, is_convolution = *axes, False
-        else:
-            numbers = equation.params.get("dimension_numbers")
-            spec = (
-                numbers.out_spec
-                if hasattr(numbers, "out_spec")
-                else (0, len(output.aval.shape) - 1)
-            )
-            batch, features, is_convolution = spec[0], (spec[1],), True
-        names = tuple(k for k in self.parameters if k in set(kernels))
-        width = math.prod(output.aval.shape[a] for a in features)
-        return KernelUse(
-            equation.path, names, biased.get(output, output), batch, features,
-            param.size // width, equation.inputs[data], is_convolution,
-        )  # fmt: skip
 
 
 def trace(found: Sites, batch: int, like: tuple[Any, Any] | None = None) -> TracedNetwork:
@@ -423,122 +389,3 @@ def _as_equation(equation: FlatEquation) -> Equation:
     )
     name = equation.primitive.name
     return Equation(name, equation.params, inputs, outputs, equation.path, 1)
-
-
-def _is_zero(atom: Atom, zeros: Collection[Value]) -> bool:
-    if isinstance(atom, jex.Literal):
-        return bool(getattr(atom.val, "ndim", 0) == 0 and atom.val == 0)
-    return atom in zeros
-
-
-def rectifier(equation: FlatEquation) -> float | None:
-    """The value at which a rectifier with a derivative of its own saturates: infinity for `jax.nn.relu`, 6 for `relu6`.
-
-    Returns:
-        None if the equation is no such rectifier.
-    """
-    if equation.primitive.name != "custom_jvp_call" or len(equation.inputs) != 1:
-        return None
-    body = flatten(equation.params["call_jaxpr"])
-    steps = [(e.primitive.name, e.inputs) for e in body.equations]
-    if (
-        not steps
-        or steps[0][0] != "max"
-        or _maximum_with_zero(steps[0][1], ()) is not body.inputs[0]
-    ):
-        return None
-    if len(steps) == 1:
-        return math.inf
-    caps = [a.val for a in steps[1][1] if isinstance(a, jex.Literal)]
-    return float(caps[0]) if len(steps) == 2 and steps[1][0] == "min" and caps else None
-
-
-def _relu_input(equation: FlatEquation, zeros: Collection[Value]) -> Value | None:
-    """What enters a ReLU: of `jax.nn.relu` and `relu6`, and of any maximum with zero."""
-    if equation.primitive.name == "max":
-        return _maximum_with_zero(equation.inputs, zeros)
-    entered = equation.inputs[0] if rectifier(equation) is not None else None
-    return entered if isinstance(entered, Value) else None
-
-
-def _maximum_with_zero(inputs: Sequence[Atom], zeros: Collection[Value]) -> Value | None:
-    for value, other in (inputs, inputs[::-1]):
-        if isinstance(value, Value) and _is_zero(other, zeros):
-            return value
-    return None
-
-
-def _product_axes(equation: FlatEquation, data: int) -> tuple[int, tuple[int, ...]] | None:
-    """Axes of a `dot_general`'s output that count the examples (the first of the data) and the kernel's features."""
-    contracting, batched = equation.params["dimension_numbers"]
-    if 0 in contracting[data]:
-        return None
-    ranks = [len(a.aval.shape) for a in equation.inputs]
-    free = [
-        [i for i in range(ranks[s]) if i not in contracting[s] and i not in batched[s]]
-        for s in (0, 1)
-    ]
-    # Axes of the output: those of both, then the free ones of the left, then of the right operand.
-    order: Sequence[tuple[int, int]] = (
-        [(data, i) for i in batched[data]] + [(0, i) for i in free[0]] + [(1, i) for i in free[1]]
-    )
-    of_data = dict(zip(batched[data], batched[1 - data], strict=True))
-    batch = order.index((data, 0))
-    features = tuple(
-        axis
-        for axis, (side, i) in enumerate(order)
-        if axis != batch and (side != data or i in of_data)
-    )
-    return batch, features
-
-
-def _kernels_inside(
-    equation: FlatEquation, is_data: Sequence[bool], origins: Sequence[frozenset[Path]]
-) -> list[Path]:
-    """Parameters that meet data in a convolution or product inside a loop or conditional."""
-    found: list[Path] = []
-
-    def walk(jaxpr: Any, data: Sequence[bool], params: Sequence[frozenset[Path]]) -> list[bool]:
-        flows = dict(zip(jaxpr.invars, data, strict=True))
-        made = dict(zip(jaxpr.invars, params, strict=True))
-        for eqn in jaxpr.eqns:
-            values = [None if isinstance(a, jex.Literal) else a for a in eqn.invars]
-            here = [v is not None and flows.get(v, False) for v in values]
-            origin = [made.get(v, frozenset()) if v is not None else frozenset() for v in values]
-            after = [any(here)] * len(eqn.outvars)
-            if eqn.primitive.name in (*CONVOLUTIONS, "dot_general") and sum(here) == 1:
-                found.extend(sorted(origin[1 - here.index(True)]))
-            for inner in _inner(eqn):
-                if len(inner.invars) <= len(values):
-                    skip = len(values) - len(inner.invars)
-                    out = walk(inner, here[skip:], origin[skip:])
-                    after = out if len(out) == len(after) else after
-            flows.update(zip(eqn.outvars, after, strict=True))
-            if not any(here):
-                union = frozenset().union(*origin)
-                made.update(dict.fromkeys(eqn.outvars, union))
-        return [not isinstance(a, jex.Literal) and flows.get(a, False) for a in jaxpr.outvars]
-
-    for inner in _inner(equation):
-        skip = len(equation.inputs) - len(inner.invars)
-        if skip >= 0:
-            walk(inner, is_data[skip:], origins[skip:])
-    return found
-
-
-def _primitives(equation: Any) -> set[str]:
-    """Names of all primitives inside an equation."""
-    names = set()
-    for inner in _inner(equation):
-        for eqn in inner.eqns:
-            names |= {eqn.primitive.name} | _primitives(eqn)
-    return names
-
-
-def _inner(equation: Any) -> Iterable[Any]:
-    for value in equation.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, jex.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, jex.Jaxpr):
-                yield item

@@ -1,16 +1,16 @@
 """Condition number of the neural tangent kernel: how unevenly gradient descent would learn.
 
 Chen, Gong, Wang: "Neural Architecture Search on ImageNet in Four GPU Hours: A Theoretically Inspired Perspective" (TE-NAS,
-https://arxiv.org/abs/2102.11535), section 3.1.1.
+https://arxiv.org/abs/2102.11535).
 
-Definition. Let `J [N, weights]` hold for each image of one minibatch the gradient of the sum of its outputs in the kernels of all convolutions
-and linear layers, in train mode at random initialisation. With the eigenvalues of `J J^T`,
+Definition. Let `J [N, weights]` hold for each image of one minibatch the gradient of the sum of its outputs in the kernels of
+all convolutions and linear layers, in train mode at random initialisation. With the eigenvalues of `J J^T`,
 
     score = - largest / smallest                           higher is better
 
-No labels, no loss. A kernel matrix that is singular to its precision gives minus infinity, as
-it must where batch normalisation, with no ReLU after it, comes last before pooling: then the rows of `J` sum to zero. Costs as many runs
-forward and backward as there are images: give a small batch (the paper's code uses 16 to 72). The score does not split into sites.
+No labels, no loss. A kernel matrix that is singular to its precision gives minus infinity, as it must where batch
+normalisation, with no ReLU after it, comes last before pooling: then the rows of `J` sum to zero. Costs as many runs forward
+and backward as there are images: give a small batch. The score does not split into sites.
 """
 
 import dataclasses

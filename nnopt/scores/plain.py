@@ -2,8 +2,8 @@
 
 Abdelfattah, Mehrotra, Dudziak, Lane: "Zero-Cost Proxies for Lightweight NAS" (https://arxiv.org/abs/2101.08134) and its code.
 
-Definition. `sum W * dL/dW` over all values of the kernels of convolutions and linear layers; no biases, no normalisation. `L` is the
-mean over one minibatch, train mode, random initialisation. Higher is better by convention: a baseline for SNIP.
+Definition. `sum W * dL/dW` over all values of the kernels of convolutions and linear layers; no biases, no normalisation. `L`
+is the mean over one minibatch, train mode, random initialisation. Higher is better by convention: a baseline for SNIP.
 
 A kernel that batch normalisation follows contributes zero (Euler's theorem for a function of degree zero) up to rounding and the
 normalisation's epsilon, so what is left of the sum is the head's, and noise.
@@ -13,9 +13,11 @@ import dataclasses
 
 import jax
 
-from nnopt.scores.passes import Kernels, KernelValues, LossGradient
+from nnopt.scores.forward import LossGradient
+from nnopt.scores.passes import KernelValues
 from nnopt.scores.reductions import channel_sums
 from nnopt.scores.score import Evidence, Pass, Score
+from nnopt.scores.sources import Kernels
 
 _GRADIENT = LossGradient(Kernels())
 

@@ -13,8 +13,9 @@ import numpy as np
 from nnopt.core.example import spec_text
 from nnopt.errors import ScoreError
 from nnopt.scores.network import TracedNetwork, trace, trace_sites
-from nnopt.scores.passes import Batch, Loss, RepeatedPass, mean_cross_entropy, run_passes
+from nnopt.scores.passes import RepeatedPass, run_passes
 from nnopt.scores.score import Score, ScoreValue
+from nnopt.scores.sources import Batch, Loss, mean_cross_entropy
 from nnopt.typing import Variables
 
 
@@ -162,7 +163,8 @@ class Scorer:
             return np.zeros(expected.shape, expected.dtype)
         if tuple(images.shape) != tuple(expected.shape):
             raise ScoreError(
-                f"images are {spec_text(images)}, and the network was traced for {spec_text(expected)}; make a Scorer for each shape"
+                f"images are {spec_text(images)}, and the network was traced for {spec_text(expected)}; "
+                "make a Scorer for each shape"
             )
         return images
 
@@ -187,7 +189,7 @@ class Scorer:
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= outputs.shape[1]:
             raise ScoreError(
-                f"labels go from {low} to {high}, and the network has {outputs.shape[1]} classes (0 to {outputs.shape[1] - 1})"
+                f"labels go from {low} to {high}, and the network has {outputs.shape[1]} classes (from 0)"
             )
         return labels
 

@@ -1,7 +1,8 @@
 """SNIP: how much the loss depends on each connection being there.
 
-Lee, Ajanthan, Torr: "SNIP: Single-shot Network Pruning based on Connection Sensitivity" (https://arxiv.org/abs/1810.02340), equations 4 and 5,
-without its normalisation over the network; summed to a score by Abdelfattah et al. (https://arxiv.org/abs/2101.08134), section 3.
+Lee, Ajanthan, Torr: "SNIP: Single-shot Network Pruning based on Connection Sensitivity" (https://arxiv.org/abs/1810.02340),
+equations 4 and 5, without its normalisation over the network; summed to a score by Abdelfattah et al.
+(https://arxiv.org/abs/2101.08134), section 3.
 
 Definition. `sum |W * dL/dW|` over all values of the kernels of convolutions and linear layers: the derivative of the loss in a mask
 of ones on the weights. No biases, no normalisation. `L` is the mean over one minibatch, train mode, random initialisation.
@@ -16,9 +17,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nnopt.scores.passes import Kernels, KernelValues, LossGradient
+from nnopt.scores.forward import LossGradient
+from nnopt.scores.passes import KernelValues
 from nnopt.scores.reductions import channel_sums
 from nnopt.scores.score import Evidence, Pass, Score
+from nnopt.scores.sources import Kernels
 
 _GRADIENT = LossGradient(Kernels())
 

@@ -1,13 +1,14 @@
 """SWAP: how many different patterns the units of a network show over a minibatch.
 
-Peng, Song, Fayek, Ciesielski, Chang: "SWAP-NAS: Sample-Wise Activation Patterns for Ultra-fast NAS" (https://arxiv.org/abs/2403.04161),
-definitions 3.2 and 3.3.
+Peng, Song, Fayek, Ciesielski, Chang: "SWAP-NAS: Sample-Wise Activation Patterns for Ultra-fast NAS"
+(https://arxiv.org/abs/2403.04161).
 
-Definition. Every ReLU unit is on (`input > 0`) or off for each of `N` images of one minibatch, in train mode at random initialisation: `N` bits for
-each unit. The score is the number of different ones among all units of the network; higher is better. No labels, no gradients.
+Definition. Every ReLU unit is on (`input > 0`) or off for each of `N` images of one minibatch, in train mode at random
+initialisation: `N` bits for each unit. The score is the number of different ones among all units of the network; higher is
+better. No labels, no gradients.
 
 It is at most `2^N` and at most the number of units. With `center` and `spread` (parameters, not values), it is multiplied by
-`exp(-(parameters - center)^2 / spread)`: the regularised score (definition 3.4), which prefers networks of about one size.
+`exp(-(parameters - center)^2 / spread)`: the regularised score, which prefers networks of about one size.
 
 The value of a site is the number of patterns among its own units; sites share patterns, so these do not add up to the total.
 """
@@ -21,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nnopt.core.sites import count_leaves
+from nnopt.scores.forward import ReluInputs
 from nnopt.scores.network import TracedNetwork
-from nnopt.scores.passes import ReluInputs
 from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
 
 _WORD = 32

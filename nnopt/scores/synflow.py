@@ -1,22 +1,23 @@
 """SynFlow: how much flows through a network of absolute weights, and how much of it through each weight.
 
 Tanaka, Kunin, Yamins, Ganguli: "Pruning neural networks without any data by iteratively conserving synaptic flow"
-(https://arxiv.org/abs/2006.05467), equation 2; summed to a score by Abdelfattah et al. (https://arxiv.org/abs/2101.08134).
+(https://arxiv.org/abs/2006.05467); summed to a score by Abdelfattah et al. (https://arxiv.org/abs/2101.08134).
 
-Definition. All parameters are replaced by their absolute values, normalisation and dropout by identities (as the zero-cost proxy paper does,
-whose network is a copy without batch normalisation), and the input is one image of ones. With the sum `R` of the outputs,
+Definition. All parameters are replaced by their absolute values, normalisation and dropout by identities (as the zero-cost
+proxy paper does, whose network is a copy without batch normalisation), and the input is one image of ones. With the sum `R` of
+the outputs,
 
     score = sum | W * dR/dW |                              higher is better
 
-over all values of the kernels of convolutions and linear layers, biases not counted (but present). No data and no labels. The sum over a
-layer that everything flows through is `R` itself, if there are no biases: flow is conserved.
+over all values of the kernels of convolutions and linear layers, biases not counted (but present). No data and no labels. The
+sum over a layer that everything flows through is `R` itself, if there are no biases: flow is conserved.
 
-The numbers reach 1e80 in NAS-Bench-201, so they are carried with an exponent of their own (`nnopt.scores.flow`): in float32 the score is as exact
-as in float64, and it is its logarithm that is computed first. `log=True` gives that logarithm, which ranks the same and cannot overflow; the
-values of its sites are the logarithms of theirs and do not add up. (It is not the published "log synflow", which sums `log(1 + dR/dW)` terms.)
+The numbers reach 1e80 in NAS-Bench-201, so they are carried with an exponent of their own (`nnopt.scores.flow`): float32 is
+enough. `log=True` gives the logarithm of the score, which ranks the same and cannot overflow either; the values of its sites
+are the logarithms of theirs and do not add up. (It is not the published "log synflow", which sums `log(1 + dR/dW)` terms.)
 
-Without normalisation every unit of a `relu6` network is far above 6, where nothing flows any more and only the head is left to score. The score is
-about linear flow, so by default `relu6` is taken for ReLU; `saturate=True` takes it as it is written.
+Without normalisation every unit of a `relu6` network is far above 6, where nothing flows any more and only the head is left to
+score. The score is about linear flow, so by default `relu6` is taken for ReLU; `saturate=True` takes it as it is written.
 """
 
 import dataclasses
@@ -30,9 +31,10 @@ import numpy as np
 
 from nnopt.scores.flow import Scaled, flow
 from nnopt.scores.network import NORMALISATIONS, TracedNetwork
-from nnopt.scores.passes import Batch, OwnPass, PerKernel
+from nnopt.scores.passes import OwnPass
 from nnopt.scores.reductions import channel_sums
 from nnopt.scores.score import Evidence, Pass, Score, ScoreValue
+from nnopt.scores.sources import Batch, PerKernel
 
 _EXPONENT = ""  # not the name of any kernel
 

@@ -1,16 +1,17 @@
 """Zen-score: how far a network without residual links moves its features when a Gaussian image is moved a little.
 
-Lin et al.: "Zen-NAS: A Zero-Shot NAS for High-Performance Image Recognition" (https://arxiv.org/abs/2102.01063), algorithm 1.
+Lin et al.: "Zen-NAS: A Zero-Shot NAS for High-Performance Image Recognition" (https://arxiv.org/abs/2102.01063).
 
-Definition. Kernels are drawn from `N(0, 1)`, whatever the variables hold; scales of normalisations are one, biases zero. Residual links are removed: the sum of a
-residual addition is its branch. Let `f` be what the network makes of a batch before global pooling, in train mode, and `x`, `e` from `N(0, 1)`,
-drawn for each image and pixel. With the variance `v_ic` that batch normalisation `i` finds in channel `c` of `f(x)`,
+Definition. Kernels are drawn from `N(0, 1)`, whatever the variables hold; scales of normalisations are one, biases zero.
+Residual links are removed: the sum of a residual addition is its branch. Let `f` be what the network makes of a batch before
+global pooling, in train mode, and `x`, `e` from `N(0, 1)`, drawn for each image and pixel. With the variance `v_ic` that batch
+normalisation `i` finds in channel `c` of `f(x)`,
 
     score = log mean_n || f(x_n) - f(x_n + alpha e_n) ||_F  +  sum_i log sqrt( mean_c v_ic )            higher is better
 
-The second part takes back what batch normalisation divides by: with it, the score is that of the network without normalisation, which would
-overflow. A network with none has only the first part. No data, no labels; the batch gives the shape and the number of images. Weights differ from key to key: average
-over a few.
+The second part takes back what batch normalisation divides by: with it, the score is that of the network without normalisation,
+which would overflow. A network with none has only the first part. No data, no labels; the batch gives the shape and the number
+of images. Weights differ from key to key: average over a few.
 
 The value of a site that normalises is its `log sqrt(mean v)`; the first part is that of the network, `.`.
 """
@@ -24,10 +25,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nnopt.core.flatten import Value
 from nnopt.core.paths import path_text
+from nnopt.scores.forward import require_floating
 from nnopt.scores.network import NORMALISATIONS, Edit, TracedNetwork
-from nnopt.scores.passes import Batch, OwnPass, require_floating
+from nnopt.scores.passes import OwnPass
 from nnopt.scores.reductions import root_sums_of_squares
 from nnopt.scores.score import Evidence, Pass, Score
+from nnopt.scores.sources import Batch
 from nnopt.typing import Variables
 
 

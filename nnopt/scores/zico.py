@@ -1,10 +1,11 @@
 """ZiCo: how steady the gradients are from minibatch to minibatch, against their size.
 
-Li, Yang, Bhardwaj, Marculescu: "ZiCo: Zero-shot NAS via Inverse Coefficient of Variation on Gradients" (https://arxiv.org/abs/2301.11300),
-equation 8.
+Li, Yang, Bhardwaj, Marculescu: "ZiCo: Zero-shot NAS via Inverse Coefficient of Variation on Gradients"
+(https://arxiv.org/abs/2301.11300).
 
-Definition. The minibatch is cut into `parts` equal ones, each with its own loss (mean), batch statistics and gradient `g_p` in train mode at random
-initialisation. For the kernel `l` of each convolution and linear layer, with mean and (population) standard deviation over the parts,
+Definition. The minibatch is cut into `parts` equal ones, each with its own loss (mean), batch statistics and gradient `g_p` in
+train mode at random initialisation. For the kernel `l` of each convolution and linear layer, with mean and (population)
+standard deviation over the parts,
 
     z_l   = sum_w mean_p |g_pw| / std_p g_pw               over the weights whose gradient is not equal in all parts
     score = sum_l log z_l                                  higher is better

@@ -8,6 +8,7 @@ same position. Two small minibatches rank better than one large one: the weights
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -34,6 +35,8 @@ from nnopt.search.workers import OnProgress, map_in_processes
 from nnopt.training import QUICK, Recipe
 from nnopt.typing import Path
 
+_AHEAD = 8
+"""Candidates under way on an accelerator."""
 _STREAMS = ("weights", "minibatch", "augmentation", "training", "shuffling")
 
 
@@ -114,8 +117,8 @@ class Problem:
         example: one image, as the network takes it.
         space: which choices may stand where, and what each costs.
         sampler: draws candidates inside the budget.
-        images: of each scoring minibatch, `[score_batch, height, width, channels]`.
-        labels: their classes, each `[score_batch]`.
+        batches: images `[score_batch, height, width, channels]`, classes `[score_batch]` and key of the weights of each minibatch that
+            scores.
     """
 
     def __init__(self, spec: BlockSwap, data_dir: str | None = None) -> None:
@@ -139,11 +142,12 @@ class Problem:
         augmentation = spec.recipe.augmentation
         if not self.dataset.flip_ok:
             augmentation = dataclasses.replace(augmentation, flip=False)
-        self.images, self.labels = [], []
+        self.batches = []
         for seed in range(spec.score_seeds):
             images, labels = minibatch(self.dataset, spec.score_batch, self.key("minibatch", seed))
-            self.images.append(augmentation(self.key("augmentation", seed), images))
-            self.labels.append(labels.astype(jnp.int32))
+            images = augmentation(self.key("augmentation", seed), images)
+            key = self.key("weights", seed)
+            self.batches.append((images, labels.astype(jnp.int32), key))
 
     def key(self, stream: str, seed: int = 0) -> jax.Array:
         """The PRNG key of one of the streams `weights`, `minibatch`, `augmentation`, `training`, `shuffling`."""
@@ -178,8 +182,9 @@ class Problem:
     @functools.cached_property
     def scorer(self) -> FisherEngine:
         """What scores candidates of this search."""
-        example = Example(jax.ShapeDtypeStruct(self.images[0].shape, jnp.float32), train=True)
-        return FisherEngine(self.base, example, where=self.space.where)
+        example = Example(jax.ShapeDtypeStruct(self.batches[0][0].shape, jnp.float32), train=True)
+        devices = jax.local_devices() if jax.default_backend() != "cpu" else [None]
+        return FisherEngine(self.base, example, where=self.space.where, devices=devices)
 
     def edits(self, index: int) -> dict[Path, nn.Module]:
         """The modules that stand at each position in candidate number `index`."""
@@ -188,26 +193,26 @@ class Problem:
 
     def score(self, index: int) -> ScoredCandidate:
         """Scores candidate number `index`."""
+        return next(self.score_each([index]))
+
+    def score_each(self, indices: Iterable[int]) -> Iterator[ScoredCandidate]:
+        """Scores candidates in order; on an accelerator, the next are under way meanwhile."""
         start = time.perf_counter()
-        drawn = self.draw(index)
-        edits = self.edits(index)
-        batches = zip(self.images, self.labels, strict=True)
-        results = [
-            self.scorer(edits, images, labels, self.key("weights", seed))
-            for seed, (images, labels) in enumerate(batches)
-        ]
-        total = geometric_mean([r.total for r in results])
-        blocks = tuple(
-            geometric_mean([r.blocks[block] for r in results]) for block in results[0].blocks
-        )
-        return ScoredCandidate(
-            index,
-            self.space.names(drawn),
-            self.space.total(drawn),
-            total,
-            blocks,
-            time.perf_counter() - start,
-        )
+        known, indices = itertools.tee(indices)
+        ahead = 0 if jax.default_backend() == "cpu" else _AHEAD
+        results = self.scorer.stream(map(self.edits, indices), self.batches, ahead=ahead)
+        for index, scores in zip(known, results, strict=True):
+            drawn = self.draw(index)
+            blocks = [geometric_mean([s.blocks[b] for s in scores]) for b in scores[0].blocks]
+            yield ScoredCandidate(
+                index,
+                self.space.names(drawn),
+                self.space.total(drawn),
+                geometric_mean([s.total for s in scores]),
+                tuple(blocks),
+                time.perf_counter() - start,
+            )
+            start = time.perf_counter()
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -280,7 +285,7 @@ def score_all(
         scored = map(score, new)
     elif workers == 1 or not new:
         problem.scorer.prepare(map(problem.edits, new), on_progress=on_prepared)
-        scored = map(problem.score, new)
+        scored = problem.score_each(new)
     else:
         job = Scoring(problem.spec, problem.data_dir, new)
         scored = map_in_processes(job, new, workers, on_prepared)

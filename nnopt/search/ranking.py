@@ -145,7 +145,7 @@ class Comparison:
     """How well a setting ranks, against the consensus (mean logarithm) of seeds of an expensive one that it shares nothing with.
 
     Attributes:
-        setting: text of the setting.
+        setting: the setting; of one seed, where figures are means over several choices of it.
         yardstick: how many seeds of the reference the consensus is made of.
         spearman: correlation of ranks, with a 95% percentile interval from resampling candidates.
         best_rank: rank in the consensus of the candidate that the setting thinks best; 0 is the best.
@@ -154,7 +154,7 @@ class Comparison:
         seconds: median seconds a candidate.
     """
 
-    setting: str
+    setting: Setting
     yardstick: int
     spearman: Interval
     best_rank: float
@@ -190,22 +190,24 @@ def compare(cheap: Scored, reference: Scored, *, seed: int) -> list[Comparison]:
     whole = means(cheap, range(seeds))
     one = [means(cheap, [s]) for s in range(seeds)]
     single = [means(reference, [r]) for r in range(known)]
-    one_name = str(Setting(cheap.setting.batch, (0,)))
-    reference_name = str(Setting(reference.setting.batch, (0,)))
     rows = [
-        (str(cheap.setting), known, [(whole, consensus)], cheap.seconds_each),
-        (str(cheap.setting), known - 1, [(whole, c) for c in others], cheap.seconds_each),
+        (cheap.setting, known, [(whole, consensus)], cheap.seconds_each),
+        (cheap.setting, known - 1, [(whole, c) for c in others], cheap.seconds_each),
     ]
     if seeds > 1:
         pairs = [(a, c) for a in one for c in others]
-        rows.append((one_name, known - 1, pairs, cheap.seconds_each / seeds))
+        rows.append(
+            (Setting(cheap.setting.batch, (0,)), known - 1, pairs, cheap.seconds_each / seeds)
+        )
     pairs = list(zip(single, others, strict=True))
-    rows.append((reference_name, known - 1, pairs, reference.seconds_each / known))
+    rows.append(
+        (Setting(reference.setting.batch, (0,)), known - 1, pairs, reference.seconds_each / known)
+    )
     top = max(1, min(10, count // 2))
     picks = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
     return [
         Comparison(
-            name,
+            setting,
             yardstick,
             _mean_spearman(pairs, picks),
             float(np.mean([ranks(c)[_best(a, 1)[0]] for a, c in pairs])),
@@ -213,7 +215,7 @@ def compare(cheap: Scored, reference: Scored, *, seed: int) -> list[Comparison]:
             top,
             seconds,
         )
-        for name, yardstick, pairs, seconds in rows
+        for setting, yardstick, pairs, seconds in rows
     ]
 
 

@@ -62,16 +62,12 @@ class SampleScoring:
         """See `workers.Job`; the result of a candidate are its scores by seed, and seconds."""
         problem = self.problem()
         problem.scorer.prepare(map(problem.edits, self.indices), worker, workers, on_progress)
-        keys = [problem.key("weights", seed) for seed in self.setting.seeds]
+        batches = [problem.batches[seed] for seed in self.setting.seeds]
 
         def score(index: int) -> tuple[list[float], float]:
             start = time.perf_counter()
             edits = problem.edits(index)
-            drawn = ((problem.images[s], problem.labels[s]) for s in self.setting.seeds)
-            found = [
-                problem.scorer(edits, images, labels, key).total
-                for (images, labels), key in zip(drawn, keys, strict=True)
-            ]
+            found = [problem.scorer(edits, *batch).total for batch in batches]
             return found, time.perf_counter() - start
 
         return score
