@@ -21,6 +21,7 @@ from nnopt.typing import Path
 CONVOLUTIONS = ("conv_general_dilated", "nnopt_conv")
 """Names of the primitives that convolve: JAX's own and that of `nnopt.layers.Conv`."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Equation:
     """One equation of the network's jaxpr.
@@ -137,10 +138,13 @@ class Dataflow:
                 else:
                     self._run(body, [deepest] * len(body.invars), times)
             elif not is_mark:
-                inputs, outputs = (tuple(v.aval for v in vs) for vs in (eqn.invars, eqn.outvars))
-                path = self._open.innermost
                 equation = Equation(
-                    eqn.primitive.name, eqn.params, inputs, outputs, path, repeats
+                    eqn.primitive.name,
+                    eqn.params,
+                    tuple(v.aval for v in eqn.invars),
+                    tuple(v.aval for v in eqn.outvars),
+                    self._open.innermost,
+                    repeats,
                 )
                 self.equations.append(equation)
                 flows_on, addition = reach(equation, before)

@@ -246,8 +246,8 @@ def _page(result: SearchResult, pictures: dict[str, bytes]) -> str:
 <h2>Score against parameters</h2>
 {image.format("Fisher potential of all candidates against their parameters", encoded["score.png"])}
 <p class=note>{s["scoring"]["candidates"]:,} candidates, drawn uniformly from the {_count(space["within_budget"])} of
-{_count(space["candidates"])} that lie within the budget ({space["fraction_within_budget"]:.2%}); all scored on {_minibatches(spec)},
-{1000 * s["scoring"]["seconds_each"]:.0f} ms each.</p>
+{_count(space["candidates"])} that lie within the budget ({space["fraction_within_budget"]:.2%}); all scored on
+{_minibatches(spec)}, {1000 * s["scoring"]["seconds_each"]:.0f} ms each.</p>
 <h2>The winner</h2>
 {image.format("Share of score and parameters of the winner, block by block", encoded["winner.png"])}
 {_html_table(block_table(result))}

@@ -18,11 +18,11 @@ def cache_folder() -> pathlib.Path | None:
 def keep_compiled_programs() -> None:
     """Turns the persistent cache on for this process, in `cache_folder()`, unless it is on already.
 
-    Small programs are kept too: scoring consists of them. A folder that cannot be written costs JAX a warning for each program, so it
-    is tried first.
+    Small programs are kept too: scoring consists of them. Into a folder that cannot be written, nothing
+    is.
     """
     folder = cache_folder()
-    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+    if folder is None or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,11 @@ needs again, and returns the cotangents of its inputs, already added to those th
 after a probe have cotangents: no gradient of a weight is computed, and none of the network's input.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import jax
 from jax.extend import core as jex
@@ -33,14 +34,18 @@ Flags = tuple[bool, ...]
 HoleFlags = Callable[[int, Flags], Flags]
 
 
-class Observer(Protocol):
-    """What a score computes at a probe, as a hashable value."""
+class Observer(abc.ABC):
+    """What a score computes at a probe; a frozen dataclass.
 
-    needs_gradient: bool
+    Attributes:
+        needs_gradient: whether it looks at the cotangent too.
+    """
 
+    needs_gradient: ClassVar[bool]
+
+    @abc.abstractmethod
     def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """`(activation)` or, with a gradient, `(activation, cotangent)` -> small arrays; traceable."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,9 +421,7 @@ class Chain:
         program = self._program(key, run, _avals(moving), prepared)
         return program, self._prepared[where]
 
-    def _observe(
-        self, index: int, reads: tuple[int, ...]
-    ) -> tuple[Instruction, tuple[int, ...]]:
+    def _observe(self, index: int, reads: tuple[int, ...]) -> tuple[Instruction, tuple[int, ...]]:
         probe = self.probes[index]
         arrays = _avals([probe.value] * len(reads))
         program = self._program(("observe", probe.observer), probe.observer, arrays, ())
@@ -443,7 +446,9 @@ class Chain:
         found |= self._probed.intersection(self._inputs)
         for step in self._steps:
             if step.hole is not None:
-                assert hole is not None, "a chain with holes needs to know what they are filled with"
+                assert hole is not None, (
+                    "a chain with holes needs to know what they are filled with"
+                )
                 flags = hole(step.hole, tuple(v in found for v in step.inputs))
                 found.update(v for v, on in zip(step.outputs, flags, strict=True) if on)
             elif not found.isdisjoint(step.inputs):
@@ -451,9 +456,7 @@ class Chain:
             found |= self._probed.intersection(step.outputs)
         return found
 
-    def reverse(
-        self, inputs: Flags, outputs: Flags, hole_flags: tuple[Flags, ...] = ()
-    ) -> Reverse:
+    def reverse(self, inputs: Flags, outputs: Flags, hole_flags: tuple[Flags, ...] = ()) -> Reverse:
         """The reverse pass when these inputs are active and these outputs have cotangents.
 
         Args:
@@ -589,13 +592,13 @@ class Chain:
         return program, tuple(self._slot(v) for v in values), self._weight_slots(weights)
 
 
-hole_p = jex.Primitive("nnopt_hole")
-hole_p.multiple_results = True
-
-
-@hole_p.def_abstract_eval
 def _hole_outputs(*inputs: Any, index: int, outputs: tuple[Any, ...]) -> list[Any]:
     return [jax.core.ShapedArray(shape, dtype) for shape, dtype in outputs]
+
+
+hole_p = jex.Primitive("nnopt_hole")
+hole_p.multiple_results = True
+hole_p.def_abstract_eval(_hole_outputs)
 
 
 def _dependent(flat: Flat, inputs: Iterable[Value]) -> set[Value]:
@@ -621,5 +624,5 @@ def _lowered(
 
 
 @functools.cache
-def _outputs_of(observer: Observer, *arrays: tuple[tuple[int, ...], Any]) -> int:
+def _outputs_of(observer: Any, *arrays: tuple[tuple[int, ...], Any]) -> int:
     return len(jax.eval_shape(observer, *(jax.ShapeDtypeStruct(*a) for a in arrays)))

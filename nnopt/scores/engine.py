@@ -256,8 +256,8 @@ class Engine(Generic[Result]):
 
         Args:
             candidates: edits of each.
-            worker: number of this process among `workers` that prepare the same; each begins at another place, and finds what others
-                have compiled in JAX's persistent cache.
+            worker: number of this process among `workers` that prepare the same; each begins at another place, and finds what
+                others have compiled in JAX's persistent cache.
             workers: how many there are.
             on_progress: told how many of how many programs are compiled.
         """
@@ -385,12 +385,19 @@ class Engine(Generic[Result]):
                 chain, inner = pieces[step.index].chain, envs[step.index]
                 reverse = candidate.reverses[step.index]
                 assert reverse is not None
-                _move(env, step.cotangents, inner, map(chain.cotangent_slot, range(len(step.cotangents))))
+                _move(
+                    env,
+                    step.cotangents,
+                    inner,
+                    map(chain.cotangent_slot, range(len(step.cotangents))),
+                )
                 run_instructions(reverse.parts, inner)
                 _move(inner, reverse.inputs, env, step.gradients)
-                for input, slot in zip(chain.inputs, step.gradients, strict=True):
-                    if slot is not None and env[slot] is None:  # an active input that the loss does not see
-                        env[slot] = jnp.zeros_like(inner[input])
+                for source, target in zip(chain.inputs, step.gradients, strict=True):
+                    if (
+                        target is not None and env[target] is None
+                    ):  # active, but the loss does not see it
+                        env[target] = jnp.zeros_like(inner[source])
             else:
                 run_instructions((step,), env)
         observed = {}
@@ -522,7 +529,9 @@ class Stand(Rewrite):
 
 def _units(chosen: Sites) -> tuple[Path, ...]:
     if not len(chosen):
-        raise SelectionError("nothing is selected to be cut out; select the sites that differ between candidates")
+        raise SelectionError(
+            "nothing is selected to be cut out; select the sites that differ between candidates"
+        )
     for site in chosen:
         text = path_text(site.path)
         stacked = {"scan", "vmap"} & set(site.lifted)
@@ -531,9 +540,15 @@ def _units(chosen: Sites) -> tuple[Path, ...]:
                 f"{text!r} stands for several layers stacked by nn.{stacked.pop()}, so it cannot be cut out; write the layers out"
             )
         if len(site.calls) != 1 or site.calls[0].method != "__call__":
-            raise SelectionError(f"{text!r} is called {len(site.calls)} times, so it cannot be cut out as one unit")
-        inner = [p for p in chosen.paths if len(p) > len(site.path) and p[: len(site.path)] == site.path]
+            raise SelectionError(
+                f"{text!r} is called {len(site.calls)} times, so it cannot be cut out as one unit"
+            )
+        inner = [
+            p for p in chosen.paths if len(p) > len(site.path) and p[: len(site.path)] == site.path
+        ]
         if inner or not site.path:
             below = path_text(inner[0]) if inner else "the network itself"
-            raise SelectionError(f"{text!r} and {below!r} lie inside one another; select one of them")
+            raise SelectionError(
+                f"{text!r} and {below!r} lie inside one another; select one of them"
+            )
     return chosen.paths

@@ -123,8 +123,8 @@ class FisherEngine:
         Args:
             candidates: edits of each.
             batches: triples of images, labels and key, as for a single candidate.
-            lanes: how many candidates run side by side in one row of programs (`scores.lanes`). More compile more programs; worth it
-                on a device that one candidate does not fill, not on a CPU.
+            lanes: how many candidates run side by side in one row of programs (`scores.lanes`). More compile more programs;
+                worth it on a device that one candidate does not fill, not on a CPU.
             ahead: how many such rows are under way, on each device, while the results of the one before are waited for.
 
         Yields:

@@ -1,7 +1,7 @@
 """Several candidates side by side: at each unit, those that have the same module there run as one program.
 
-For devices that a single candidate at a small batch does not fill. Every program gets one more axis in front, the lanes; weights are
-shared. At a unit, the lanes of candidates that have the same module are taken out, run together, and put back. Numbers of lanes
+For devices that a single candidate at a small batch does not fill. Every program gets one more axis in front, the lanes; weights
+are shared. At a unit, the lanes of candidates that have the same module are taken out, run together, and put back. Numbers of lanes
 are rounded up to powers of two, so that few programs are compiled.
 """
 
@@ -70,8 +70,8 @@ class SideBySide:
             key: as in `Engine.run`.
 
         Returns:
-            Triples of a probe's path, the numbers of the candidates that it was observed in, and what was observed there, with as many
-            lanes in front (and maybe some more, which mean nothing).
+            Triples of a probe's path, the numbers of the candidates that it was observed in, and what was observed there, with as
+            many lanes in front (and maybe some more, which mean nothing).
         """
         engine, first = self._engine, candidates[0]
         lanes = [*candidates, *[candidates[-1]] * (self.width - len(candidates))]

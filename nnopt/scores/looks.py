@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +12,21 @@ from nnopt.core.dataflow import Equation, Reach, reach
 from nnopt.core.flatten import Value
 from nnopt.core.paths import path_text
 from nnopt.errors import UnsupportedNetworkError
-from nnopt.scores.chain import Probe
+from nnopt.scores.chain import Observer, Probe
 from nnopt.scores.fisher import FisherScore
 from nnopt.scores.units import Unit
 from nnopt.typing import Path
 
 
 @dataclasses.dataclass(frozen=True)
-class GateEnergy:
+class GateEnergy(Observer):
     """`mean_n (sum_ij a_nijc g_nijc)^2` as `(s, e)` with `s^2 e_c` the energy of channel `c` and `e` of order one."""
 
-    needs_gradient: bool = True
+    needs_gradient: ClassVar[bool] = True
 
-    def __call__(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`a` and `g`, `[batch, *positions, channels]` -> a number, and `[channels]`."""
+        a, g = arrays
         gates = jnp.sum(a * g, axis=tuple(range(1, a.ndim - 1)))
         scale = jnp.max(jnp.abs(gates))
         safe = jnp.where(scale > 0, scale, jnp.ones_like(scale))
@@ -35,6 +38,7 @@ class LookForFisherPotential:
     """Fisher potential of each residual block; see `nnopt.scores.fisher`."""
 
     def probes(self, unit: Unit) -> list[Probe]:
+        """See `engine.Look`."""
         flat = unit.flat
         reaches: dict[Value, Reach | None] = dict.fromkeys(unit.arrays, Reach())
         branches: dict[Path, Path] = {}
@@ -57,6 +61,7 @@ class LookForFisherPotential:
         return probes
 
     def result(self, observed: Mapping[str, Sequence[np.ndarray]], batch: int) -> FisherScore:
+        """See `engine.Look`."""
         channels = {}
         for block, (scale, energy) in observed.items():
             mean_square = np.asarray(energy, np.float64) * float(scale) ** 2

@@ -143,9 +143,15 @@ class TracedNetwork:
 
     @functools.cached_property
     def named_kernels(self) -> dict[str, Path]:
-        """What a kernel's part of a score goes by -> the kernel: the path text of its site, or its own if the site has more."""
+        """What a kernel's part of a score goes by -> the kernel: the path text of its site, or its own.
+
+        Its own if the site has more kernels than one, or is the network itself.
+        """
         owners = [k[:-1] for k in self.kernels]
-        return {path_text(k[:-1] if owners.count(k[:-1]) == 1 else k): k for k in self.kernels}
+        return {
+            path_text(k[:-1] if k[:-1] and owners.count(k[:-1]) == 1 else k): k
+            for k in self.kernels
+        }
 
     @functools.cached_property
     def order(self) -> dict[str, int]:

@@ -18,10 +18,7 @@ from jax.extend import core as jex
 import nnopt
 from nnopt.core.flatten import FlatEquation, Value
 
-
-_LIBRARIES = tuple(
-    os.path.dirname(module.__file__ or "") + os.sep for module in (jax, flax, nnopt)
-)
+_LIBRARIES = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (jax, flax, nnopt))
 
 
 class Program:
@@ -204,6 +201,8 @@ def _parameter(value: Any) -> Hashable:
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         array = np.asarray(value)
         return "array", array.shape, str(array.dtype), array.tobytes()
+    if isinstance(value, float):
+        return "float", float(value).hex()  # one NaN is like another here
     if isinstance(value, tuple | list):
         return type(value).__name__, tuple(map(_parameter, value))
     if isinstance(value, dict):

@@ -3,16 +3,18 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core.scope import LazyRng
 from jax.extend import core as jex
 
 from nnopt.core import Example
+from nnopt.core.example import rngs
 from nnopt.core.flatten import Flat, FlatEquation, Value, flatten, run_equations
 from nnopt.core.marks import mark_sites
 from nnopt.layers.batch_norm import lean_batch_norm
@@ -80,7 +82,7 @@ def trace_unit(
             variables,
             *args,
             **kwargs,
-            rngs={"dropout": LazyRng.create(key, *path)},
+            rngs={"dropout": cast(Any, LazyRng.create(key, *path))},
             mutable=[name for name in variables if name != "params"],
         )
         leaves, structure = jax.tree.flatten(outputs if finish is None else finish(outputs, *extra))
@@ -155,7 +157,9 @@ class Initialiser:
         derived = [e for e in self._early if any(map(_is_key, e.outputs))]
         self.anywhere = not derived
 
-    def _find_suffixes(self, equations: Sequence[FlatEquation]) -> dict[Value, tuple[str | int, ...]]:
+    def _find_suffixes(
+        self, equations: Sequence[FlatEquation]
+    ) -> dict[Value, tuple[str | int, ...]]:
         """What Flax folded into the key for each derived one: the path of a module below this one, and a count."""
         folds = [
             e
@@ -166,9 +170,11 @@ class Initialiser:
         ]
         if not folds:
             return {}
-        suffixes = ((*scope, count) for scope in self._scopes for count in range(_DRAWS))
+        suffixes: Iterator[tuple[str | int, ...]] = (
+            (*scope, count) for scope in self._scopes for count in range(_DRAWS)
+        )
         by_hash = {_folded(self._path + suffix): suffix for suffix in suffixes}
-        known = {e.outputs[0]: by_hash.get(int(e.inputs[1].val)) for e in folds}
+        known = {e.outputs[0]: by_hash.get(_number(e)) for e in folds}
         return {value: suffix for value, suffix in known.items() if suffix is not None}
 
     def plan(self, cache: ProgramCache) -> None:
@@ -194,7 +200,14 @@ class Initialiser:
 def _folded(suffix: tuple[str | int, ...]) -> int:
     """The number that Flax folds into a key for a path and a count."""
     derived = jax.make_jaxpr(lambda key: LazyRng.create(key, *suffix).as_jax_rng())
-    return int(flatten(derived(jax.random.key(0))).equations[0].inputs[1].val)
+    return _number(flatten(derived(jax.random.key(0))).equations[0])
+
+
+def _number(fold_in: FlatEquation) -> int:
+    """What an equation folds into a key."""
+    literal = fold_in.inputs[1]
+    assert isinstance(literal, jex.Literal)
+    return int(literal.val)
 
 
 _DRAWS = 8
@@ -204,8 +217,8 @@ _DRAWS = 8
 class _Draw:
     """Equations that draw random numbers and compute with them.
 
-    The bits that JAX draws at a position do not depend on how many it draws. So where all that follows is computed number by number, as
-    the usual initialisers do, one program of a large size serves every smaller shape. Compiling a draw takes longer
+    The bits that JAX draws at a position do not depend on how many it draws. So where all that follows is computed number by number,
+    as the usual initialisers do, one program of a large size serves every smaller shape. Compiling a draw takes longer
     than most programs of a network take.
     """
 
@@ -237,7 +250,9 @@ class _Draw:
         """Computes its outputs from what is known."""
         arrays = [known[v] for v in self._inputs]
         if self._shape is not None:
-            arrays = [a if _is_key(v) else a.reshape(1) for v, a in zip(self._inputs, arrays, strict=True)]
+            arrays = [
+                a if _is_key(v) else a.reshape(1) for v, a in zip(self._inputs, arrays, strict=True)
+            ]
         found = self.program(cache).run(*arrays)
         if self._shape is not None:
             count = math.prod(self._shape)
@@ -252,18 +267,21 @@ class _Draw:
 
 _SMALLEST_DRAW = 4096
 _POINTWISE = frozenset(
-    "add sub mul div max min neg sign sqrt rsqrt exp log log1p erf erf_inv tanh pow integer_pow convert_element_type "
-    "bitcast_convert_type shift_right_logical or and xor select_n lt le gt ge eq ne copy stop_gradient".split()
-)
+    (
+        "add", "sub", "mul", "div", "max", "min", "neg", "sign", "sqrt", "rsqrt", "exp", "log", "log1p", "erf", "erf_inv",
+        "tanh", "pow", "integer_pow", "convert_element_type", "bitcast_convert_type", "shift_right_logical", "or", "and",
+        "xor", "select_n", "lt", "le", "gt", "ge", "eq", "ne", "copy", "stop_gradient",
+    )
+)  # fmt: skip
 
 
 def _is_pointwise(equation: FlatEquation, shape: tuple[int, ...]) -> bool:
     """Whether an equation computes arrays of a shape number by number, from such arrays and single numbers."""
     if equation.primitive.name == "random_bits":
         (key,) = equation.inputs
-        partitionable = bool(jax.config.jax_threefry_partitionable)
-        return partitionable and key.aval.shape == () and "fry" in str(key.aval.dtype)
-    values = (*equation.inputs, *equation.outputs)
+        partitionable = bool(jax.config.values["jax_threefry_partitionable"])
+        return partitionable and "key<fry>[]" in key.aval.str_short()
+    values: list[Any] = [*equation.inputs, *equation.outputs]
     return equation.primitive.name in _POINTWISE and all(
         math.prod(v.aval.shape) == 1 or v.aval.shape == shape for v in values
     )
@@ -292,12 +310,12 @@ def _in_line(
 
 
 def _is_key(value: Value) -> bool:
-    return jax.dtypes.issubdtype(value.aval.dtype, jax.dtypes.prng_key)
+    return bool(jnp.issubdtype(value.aval.dtype, jax.dtypes.prng_key))
 
 
 def _rngs(key: jax.Array, path: Path) -> dict[str, Any]:
     """The streams of `core.example.rngs` as a module at a path sees them: Flax folds in the path when it makes a key."""
-    roots = {"params": key, "dropout": jax.random.fold_in(key, 1)}
+    roots = rngs(key)
     return {name: LazyRng.create(root, *path) for name, root in roots.items()}
 
 

@@ -117,8 +117,8 @@ class Problem:
         example: one image, as the network takes it.
         space: which choices may stand where, and what each costs.
         sampler: draws candidates inside the budget.
-        batches: images `[score_batch, height, width, channels]`, classes `[score_batch]` and key of the weights of each minibatch that
-            scores.
+        batches: images `[score_batch, height, width, channels]`, classes `[score_batch]` and key of the weights of each minibatch
+            that scores.
     """
 
     def __init__(self, spec: BlockSwap, data_dir: str | None = None) -> None:

@@ -112,7 +112,7 @@ def run(
             that holds a finished run is only read.
         data_dir: where data sets lie that are not embedded.
         watcher: is told of progress.
-        workers: processes that score. By default one for each core (or GPU) if there are candidates enough to be worth starting them.
+        workers: processes that score. By default one for each core (or GPU) if there are enough candidates.
             Processes differ in rounding from one that has all cores to itself, but not from one another.
 
     Raises:
@@ -143,9 +143,7 @@ def run(
             scored.reach(len(known), spec.samples, f"best {best(known).score:.3g}")
 
         on_prepared = prepared.reach
-        rows = score_all(
-            problem, tuple(known), on_scored, workers=workers, on_prepared=on_prepared
-        )
+        rows = score_all(problem, tuple(known), on_scored, workers=workers, on_prepared=on_prepared)
     finally:
         store.close()
     finished = _read_result(place)

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
@@ -30,6 +30,7 @@ from nnopt.search.workers import OnProgress, map_in_processes
 if TYPE_CHECKING:
     from nnopt.search.run import Watcher
 
+_AHEAD = 8  # candidates under way on an accelerator
 _STREAMS = ("weights", "minibatch", "augmentation")  # numbered as those of a search
 _TRAINING_WORDS = ("train", "training", "is_training")
 _INFERENCE_WORDS = ("deterministic", "use_running_average", "eval", "inference")
@@ -60,17 +61,23 @@ class SampleScoring:
         self, worker: int, workers: int, on_progress: OnProgress
     ) -> Callable[[int], tuple[list[float], float]]:
         """See `workers.Job`; the result of a candidate are its scores by seed, and seconds."""
+        problem = self._ready(worker, workers, on_progress)
+        return lambda index: next(self._each(problem, [index]))
+
+    def _ready(self, worker: int, workers: int, on_progress: OnProgress) -> Problem:
         problem = self.problem()
         problem.scorer.prepare(map(problem.edits, self.indices), worker, workers, on_progress)
+        return problem
+
+    def _each(
+        self, problem: Problem, indices: Sequence[int]
+    ) -> Iterator[tuple[list[float], float]]:
+        start = time.perf_counter()
         batches = [problem.batches[seed] for seed in self.setting.seeds]
-
-        def score(index: int) -> tuple[list[float], float]:
+        ahead = 0 if jax.default_backend() == "cpu" else _AHEAD
+        for found in problem.scorer.stream(map(problem.edits, indices), batches, ahead=ahead):
+            yield [score.total for score in found], time.perf_counter() - start
             start = time.perf_counter()
-            edits = problem.edits(index)
-            found = [problem.scorer(edits, *batch).total for batch in batches]
-            return found, time.perf_counter() - start
-
-        return score
 
     def run(self, watcher: "Watcher", workers: int = 1) -> Scored:
         """Scores all candidates.
@@ -110,7 +117,7 @@ class SampleScoring:
         return Scored(self.setting, np.array(scores, np.float64), np.array(seconds))
 
     def _here(self, on_progress: OnProgress) -> Iterator[tuple[list[float], float]]:
-        yield from map(self.start(0, 1, on_progress), self.indices)
+        yield from self._each(self._ready(0, 1, on_progress), self.indices)
 
 
 def distinct(problem: Problem) -> tuple[int, ...]:

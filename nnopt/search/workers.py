@@ -152,7 +152,7 @@ def _begin(
 
     try:
         _run = job.start(worker, workers, on_progress)
-    except BaseException as e:  # noqa: BLE001 - raised where somebody waits for a result
+    except BaseException as e:  # raised where somebody waits for a result
         _run = e
 
 
