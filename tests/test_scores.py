@@ -118,7 +118,7 @@ class Case:
 
 CASES = {
     "wrn": Case(WideResNet(10, 0.25, CLASSES), heavy=(Zen,)),
-    "densenet": Case(DenseNet(10, 4, num_classes=CLASSES), without=(Fisher,), heavy=(Grasp,)),
+    "densenet": Case(DenseNet(10, 4, num_classes=CLASSES), without=(Fisher,), heavy=()),
     "vgg": Case(
         VGG((1, 1), (8, 8), CLASSES, hidden=(6,), dropout=0.5), without=(Fisher,), heavy=(Zico,)
     ),

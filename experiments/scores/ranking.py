@@ -62,7 +62,8 @@ class RankingCommand:
 
     def run(self) -> None:
         """Scores what has not been scored, then prints the tables and writes figures beside the scores."""
-        console = Console()
+        # Tables are wide; a file has no width of its own.
+        console = Console() if sys.stdout.isatty() else Console(width=140)
         if self.benchmark in ("nasbench201", "both"):
             cells = shuffled(nasbench201(self.data_dir))
             covering = (Cell(("nor_conv_1x1",) * 6), Cell(("nor_conv_3x3",) * 6))
@@ -122,12 +123,13 @@ class RankingCommand:
         self, console: Console, rows: Sequence[TrainedCell], scores: dict[str, np.ndarray]
     ) -> None:
         accuracies = np.array([row.accuracy for row in rows])
-        rankings = report.rank(
-            scores,
-            accuracies,
-            np.array([row.parameters_million for row in rows]),
-            np.array([row.flops_million for row in rows]),
-        )
+        with console.status("bootstrap"):
+            rankings = report.rank(
+                scores,
+                accuracies,
+                np.array([row.parameters_million for row in rows]),
+                np.array([row.flops_million for row in rows]),
+            )
         title = f"NAS-Bench-201, {len(rows):,} cells, batch {self.batch}: correlation with test accuracy"
         console.print(
             report.table(title, rankings, report.PUBLISHED_SPEARMAN, report.PUBLISHED_KENDALL)
@@ -150,12 +152,13 @@ class RankingCommand:
         self, console: Console, rows: Sequence[TrainedLayers], scores: dict[str, np.ndarray]
     ) -> None:
         accuracies = np.array([row.accuracy for row in rows])
-        rankings = report.rank(
-            scores,
-            accuracies,
-            np.array([row.parameters for row in rows]),
-            np.array([row.flops for row in rows]),
-        )
+        with console.status("bootstrap"):
+            rankings = report.rank(
+                scores,
+                accuracies,
+                np.array([row.parameters for row in rows]),
+                np.array([row.flops for row in rows]),
+            )
         title = f"NAS-Bench-Macro, {len(rows):,} networks, batch {self.batch}: correlation with test accuracy"
         console.print(report.table(title, rankings))
         console.print(

@@ -16,6 +16,7 @@ from experiments.scores.correlation import (
     kendall,
     spearman,
 )
+from nnopt.core.files import write_whole
 
 _BLUE, _RED, _GREY = "#3b6ea5", "#c8442b", "#8a8f98"
 
@@ -137,16 +138,15 @@ def search_table(title: str, scores: Mapping[str, np.ndarray], accuracies: np.nd
 
 
 def write_csv(path: pathlib.Path, rankings: Sequence[Ranking]) -> None:
-    """Everything that the table shows, one line a score."""
+    """The rankings, one line a score."""
     kinds = ("spearman", "kendall", "by_parameters", "by_flops")
     columns = [f"{kind}{end}" for kind in kinds for end in ("", "_low", "_high")]
-    lines = [",".join(["score", *columns, "not_finite", "published_spearman", "published_kendall"])]
+    lines = [",".join(["score", *columns, "not_finite"])]
     for r in rankings:
         estimates = [getattr(r, kind) for kind in kinds]
         figures = [f"{v:.4f}" for e in estimates for v in (e.value, e.low, e.high)]
-        published = [str(f.get(r.score, "")) for f in (PUBLISHED_SPEARMAN, PUBLISHED_KENDALL)]
-        lines.append(",".join([r.score, *figures, str(r.not_finite), *published]))
-    path.write_text("\n".join(lines) + "\n")
+        lines.append(",".join([r.score, *figures, str(r.not_finite)]))
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def nasbench201_picture(rankings: Sequence[Ranking], cells: int) -> Figure:

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -206,6 +207,8 @@ _worker: _Worker | None = None
 
 def _start(job: Job, counter: Any) -> None:
     global _worker
+    # Control-C reaches the whole group; the main process alone answers it, when the networks under way are done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with counter.get_lock():
         number = counter.value
         counter.value += 1

@@ -92,7 +92,7 @@ def _choice(
             return _fenced(ShiftedSum(), alone), "depthwise: a sum of products"
         if shape.groups == 1:
             return Native(), "dense: XLA's own"
-        lowering = _split(shape, direction, 32 if strided else 16)
+        lowering = _split(shape, direction, 32 if strided or channels >= 128 else 16)
         return lowering, "diagonal blocks of dense weight gradients"
     if summable and per_group == 1:
         return _fenced(ShiftedSum(), alone), "depthwise: a sum of shifted images"
@@ -105,12 +105,10 @@ def _choice(
             return ShiftedSum(), "few channels in a group: a sum of shifted images"
     if shape.groups == 1 and strided and not forward and channels >= _COLUMNS:
         return Native(), "dense and strided: XLA's own leaves out zeros"
-    if not strided:
-        width = max(8, channels // 8)
-    elif forward:
-        width = channels if channels <= _COLUMNS else max(16, channels // 4)
+    if strided and forward:
+        width = channels if channels <= _COLUMNS else 16
     else:
-        width = max(8, channels // 4)
+        width = min(max(8, channels // (4 if strided else 8)), 16)
     return _split(shape, direction, width), "dense parts, wide enough to run near the peak"
 
 
@@ -132,9 +130,4 @@ def _split(shape: ConvShape, direction: Direction, width: int) -> SplitGroups:
         columns *= shape.strides[0] * shape.strides[1]
     wide = min(shape.kernel[:2]) > 1 and shape.dilation == (1, 1)
     times = _COLUMNS // columns if wide else 1
-    if times < 2:
-        return SplitGroups(parts, (1, 1), loop)
-    if times < 4:
-        # A tile in a row of one part needs no rearranging; a tile in a column of several measured better.
-        return SplitGroups(parts, (1, 2) if parts == 1 else (2, 1), loop)
-    return SplitGroups(parts, (1, 4), loop)
+    return SplitGroups(parts, (1, 4 if times >= 4 else 2 if times >= 2 else 1), loop)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +14,8 @@ from nnopt.core.example import spec_text
 from nnopt.errors import ScoreError
 from nnopt.scores.network import TracedNetwork, trace, trace_sites
 from nnopt.scores.passes import RepeatedPass, run_passes
+from nnopt.scores.pieces import InPieces
+from nnopt.scores.programs import ProgramCache
 from nnopt.scores.score import Score, ScoreValue
 from nnopt.scores.sources import Batch, Loss, mean_cross_entropy
 from nnopt.typing import Variables
@@ -36,6 +38,7 @@ class Scorer:
         *,
         loss: Loss = mean_cross_entropy,
         compiler_options: dict[str, Any] | None = None,
+        programs: ProgramCache | None = None,
     ) -> None:
         """Traces the network and checks that every score is defined for it.
 
@@ -46,6 +49,8 @@ class Scorer:
             scores: what to compute.
             loss: `(outputs, labels) -> scalar`, a mean over the batch.
             compiler_options: passed to `jax.jit`.
+            programs: run in small pieces that come from this cache, instead of one program. Whoever scores many networks once each
+                gives all their scorers one cache: a network is then traced, but hardly anything of it compiled.
 
         Raises:
             ScoreError: a score is not defined for this network or batch size.
@@ -67,9 +72,15 @@ class Scorer:
         self._passes = passes
         self._needs_images = any(p.needs_images for p in passes)
         self._needs_labels = any(p.needs_labels for p in passes)
-        self._program = jax.jit(self._reduce_all, compiler_options=compiler_options)
+
+        def made_ready(function: Callable[..., Any]) -> Callable[..., Any]:
+            if programs is not None:
+                return InPieces(function, programs)
+            return jax.jit(function, compiler_options=compiler_options)
+
+        self._program = made_ready(self._reduce_all)
         self._repeated = {
-            p: jax.jit(functools.partial(self._run_once, p), compiler_options=compiler_options)
+            p: made_ready(functools.partial(self._run_once, p))
             for p in passes
             if isinstance(p, RepeatedPass)
         }
