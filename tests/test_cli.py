@@ -47,7 +47,7 @@ def process(*args, **options):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((), ("search", "rewrite", "show", "exit code 2")),
+        ((), ("search", "score", "rewrite", "show", "exit code 2")),
         (("search",), ("--budget", "(required)", "--samples", "default: 1000", "--out", "Example")),
         (("rewrite",), ("--where", "--choice", "--genotype", "G(N/8)", "Example")),
         (("show",), ("NETWORK", "--against", "--depth", "Example")),

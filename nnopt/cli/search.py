@@ -45,8 +45,8 @@ class SearchCommand:
     score_batch: int = 4
     """Images in a minibatch that scores. Scores compare only at equal batch."""
     score_seeds: int = 2
-    """Minibatches, each with other weights. Two seeds of a small batch rank better than one of a large batch; the paper takes one of
-    128 images."""
+    """Minibatches, each with other weights. Two seeds of a small batch rank as well as one of a large batch; the paper takes
+    one of 128 images."""
     epochs: int | None = None
     """Epochs to train the winner for; by default a short training, 8 on digits and 20 on CIFAR."""
     workers: int | None = None

@@ -48,7 +48,9 @@ def _macs(equation: Equation) -> int:
         spec = equation.params["dimension_numbers"].rhs_spec  # (out, in, *window)
         window = math.prod(kernel.shape[i] for i in spec[2:])
         return math.prod(equation.outputs[0].shape) * window * kernel.shape[spec[1]]
-    if equation.primitive == "nnopt_conv":  # that of nnopt.layers.Conv; its kernel is [*window, in / groups, out]
+    if (
+        equation.primitive == "nnopt_conv"
+    ):  # that of nnopt.layers.Conv; its kernel is [*window, in / groups, out]
         kernel = equation.inputs[1]
         return math.prod(equation.outputs[0].shape) * math.prod(kernel.shape[:-1])
     if equation.primitive == "dot_general":

@@ -380,17 +380,14 @@ class Engine(Generic[Result]):
             else:
                 run_instructions((part,), env)
         env[skeleton.chain.cotangent_slot(0)] = self._one
+        found: list[dict[str, list[jax.Array]]] = [{} for _ in pieces]
         for step in candidate.reverse.parts:
             if isinstance(step, HoleReverse):
-                chain, inner = pieces[step.index].chain, envs[step.index]
-                reverse = candidate.reverses[step.index]
+                index = step.index
+                chain, inner, reverse = pieces[index].chain, envs[index], candidate.reverses[index]
                 assert reverse is not None
-                _move(
-                    env,
-                    step.cotangents,
-                    inner,
-                    map(chain.cotangent_slot, range(len(step.cotangents))),
-                )
+                slots = map(chain.cotangent_slot, range(len(step.cotangents)))
+                _move(env, step.cotangents, inner, slots)
                 run_instructions(reverse.parts, inner)
                 _move(inner, reverse.inputs, env, step.gradients)
                 for source, target in zip(chain.inputs, step.gradients, strict=True):
@@ -398,16 +395,15 @@ class Engine(Generic[Result]):
                         target is not None and env[target] is None
                     ):  # active, but the loss does not see it
                         env[target] = jnp.zeros_like(inner[source])
+                found[index] = _observed(pieces[index], inner, reverse)
+                inner.clear()  # lets its arrays go: the next unit's reverse pass takes their place
             else:
                 run_instructions((step,), env)
-        observed = {}
-        passes = [*zip(pieces, envs, candidate.reverses, strict=True)]
-        for piece, inner, done in [*passes, (skeleton, env, candidate.reverse)]:
-            found = [*piece.chain.observed, *(done.observed if done is not None else ())]
-            for i, slots in sorted(found):
-                label = path_text((*piece.path, *piece.chain.probes[i].path))
-                observed[label] = [inner[slot] for slot in slots]
-        return observed
+        for index, reverse in enumerate(candidate.reverses):
+            if reverse is None:
+                found[index] = _observed(pieces[index], envs[index], None)
+        own = _observed(skeleton, env, candidate.reverse)
+        return {label: arrays for part in [*found, own] for label, arrays in part.items()}
 
     def score(
         self,
@@ -452,6 +448,15 @@ def _blind(path: Path) -> UnsupportedNetworkError:
         f"the loss does not depend on {path_text(path)!r}, so there is nothing to score there; "
         "select other units, or mend the network"
     )
+
+
+def _observed(piece: Piece, env: list[Any], reverse: Reverse | None) -> dict[str, list[jax.Array]]:
+    """What was observed in a piece, by the paths of its probes."""
+    done = reverse.observed if reverse is not None else ()
+    return {
+        path_text((*piece.path, *piece.chain.probes[i].path)): [env[slot] for slot in slots]
+        for i, slots in sorted([*piece.chain.observed, *done])
+    }
 
 
 def code_of(key: jax.Array) -> bytes:

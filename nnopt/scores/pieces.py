@@ -1,7 +1,8 @@
 """A function run in small compiled pieces that it shares with other functions, where compiling it as a whole would not pay.
 
 A score of one network is a program that runs once. Compiled whole, it takes seconds to a minute to compile and a fraction of a
-second to run. Its pieces are mostly those of the network scored before: convolutions of known shapes, and what lies between two of them.
+second to run. Its pieces are mostly those of the network scored before: convolutions of known
+shapes, and what lies between two of them.
 """
 
 import functools

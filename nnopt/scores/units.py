@@ -217,8 +217,8 @@ _DRAWS = 8
 class _Draw:
     """Equations that draw random numbers and compute with them.
 
-    The bits that JAX draws at a position do not depend on how many it draws. So where all that follows is computed number by number,
-    as the usual initialisers do, one program of a large size serves every smaller shape. Compiling a draw takes longer
+    The bits that JAX draws at a position do not depend on how many it draws. So where all that follows is computed number by
+    number, as the usual initialisers do, one program of a large size serves every smaller shape. Compiling a draw takes longer
     than most programs of a network take.
     """
 

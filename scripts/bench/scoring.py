@@ -85,7 +85,9 @@ def engine(setting: Setting) -> Scorer:
     from nnopt.networks import named
     from nnopt.rewrites.block import block_for
     from nnopt.scores.fisher_engine import FisherEngine
+    from nnopt.search.workers import tune_process
 
+    tune_process()
     images, labels = jnp.asarray(setting.images), jnp.asarray(setting.labels, jnp.int32)
     base = named(setting.network, 10)
     found = sites(base, Example(images[:1]))
