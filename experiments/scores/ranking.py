@@ -4,7 +4,6 @@ python -m experiments.scores.ranking --quick
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from experiments.scores.nasbench_macro import Layers, NASBenchMacro
 from experiments.scores.scoring import Job, ResultFile, ScoredNetwork, score_all
 from experiments.scores.tables import TrainedCell, TrainedLayers, nasbench201, nasbench_macro
 from nnopt.errors import NnoptError
+from nnopt.search.workers import cores
 
 QUICK_NETWORKS = 300
 """Of each benchmark in quick mode: the first of a fixed random order, so that a full run goes on where a quick one ended."""
@@ -53,7 +53,7 @@ class RankingCommand:
     """Images in the minibatch. Scores compare only at equal batch."""
     seed: int = 0
     """Seed of the minibatch and of the weights."""
-    workers: int = os.cpu_count() or 1
+    workers: int = dataclasses.field(default_factory=lambda: len(cores()))
     """Processes, each on a core of its own."""
     data_dir: str | None = None
     """Folder that holds cifar-10-batches-py/, nasbench201/ and nasbench_macro/; NNOPT_DATA by default."""

@@ -1,14 +1,11 @@
 """Scores many networks in parallel processes, one row of a CSV file for each; a killed run takes up where it stopped."""
 
-import concurrent.futures
 import csv
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,6 +23,7 @@ from nnopt.errors import DataError, ResultFolderError, ScoreError, SelectionErro
 from nnopt.rewrites import LowerGroupedConvs
 from nnopt.scores import Parameters, Score
 from nnopt.scores.network import TracedNetwork
+from nnopt.search.workers import OnProgress, map_in_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +128,10 @@ class ResultFile:
 
 
 def score_all(
-    job: Job, choices: Mapping[int, Any], workers: int, on_row: Callable[[ScoredNetwork], None]
+    job: Job,
+    choices: Mapping[int, Any],
+    workers: int,
+    on_row: Callable[[ScoredNetwork], None],
 ) -> None:
     """Scores networks in `workers` processes, each on its own core.
 
@@ -138,25 +139,31 @@ def score_all(
         job: what to compute.
         choices: index -> what `job.network` is called with.
         workers: number of processes.
-        on_row: is called in this process as each network is done, in no particular order.
+        on_row: is called in this process for each network, in order.
 
     Raises:
         DataError: CIFAR-10 is not there.
         ResultFolderError: see `ResultFile`.
+        SearchError: a worker died.
     """
-    # A worker that fails while it starts says only that the pool is broken.
-    _images(job)
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("i", 0)
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_start, initargs=(job, counter)
-    ) as pool:
-        futures = [pool.submit(_score, index, choice) for index, choice in choices.items()]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                on_row(future.result())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    _images(job)  # fails here rather than in every worker
+    stream = _Stream(job, tuple(choices), tuple(choices.values()))
+    for row in map_in_processes(stream, range(len(choices)), workers):
+        on_row(row)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """What workers do: a `nnopt.search.workers.Job`."""
+
+    job: Job
+    indices: tuple[int, ...]
+    choices: tuple[Any, ...]
+
+    def start(self, worker: int, workers: int, on_progress: OnProgress) -> Callable[[int], Any]:
+        ready = _Worker(self.job)
+        on_progress(1, 1)
+        return lambda number: ready.score(self.indices[number], self.choices[number])
 
 
 class _Worker:
@@ -200,28 +207,6 @@ def _is_defined(score: Score, network: TracedNetwork) -> bool:
     except (ScoreError, SelectionError):
         return False
     return True
-
-
-_worker: _Worker | None = None
-
-
-def _start(job: Job, counter: Any) -> None:
-    global _worker
-    # Control-C reaches the whole group; the main process alone answers it, when the networks under way are done.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with counter.get_lock():
-        number = counter.value
-        counter.value += 1
-    if hasattr(os, "sched_setaffinity"):
-        # XLA makes as many threads as it may use cores: without this the processes' threads would crowd each other.
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[number % len(cores)]})
-    _worker = _Worker(job)
-
-
-def _score(index: int, choice: Any) -> ScoredNetwork:
-    assert _worker is not None
-    return _worker.score(index, choice)
 
 
 def _images(job: Job) -> tuple[jax.Array, jax.Array]:

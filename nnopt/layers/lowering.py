@@ -52,7 +52,7 @@ _COLUMNS = 32
 """Columns of a matrix product that run near the peak: two vectors of sixteen numbers."""
 _SUM_TERMS = 128
 """Terms of a sum that are still worth compiling."""
-_LOOPED_PARTS = 64
+_LOOPED_PARTS = 32
 """More parts than these are compiled as a loop."""
 
 
