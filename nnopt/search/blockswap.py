@@ -281,9 +281,9 @@ def score_all(
             first.setdefault(names[i], i)
     new = tuple(sorted(first.values()))
     scored: Iterator[ScoredCandidate]
-    if score is not None:
-        scored = map(score, new)
-    elif workers == 1 or not new:
+    if score is not None or not new:
+        scored = map(score or problem.score, new)
+    elif workers == 1:
         problem.scorer.prepare(map(problem.edits, new), on_progress=on_prepared)
         scored = problem.score_each(new)
     else:
