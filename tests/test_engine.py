@@ -30,8 +30,9 @@ KEY = jax.random.key(11)
 
 def batch_of(size=4, side=8, dtype=jnp.float32):
     """Images and labels."""
-    images = jax.random.normal(jax.random.key(1), (size, side, side, 3), dtype)
-    return images, jnp.arange(size, dtype=jnp.int32) % 10
+    # Drawn in single precision: numbers of twice the bits are others.
+    images = jax.random.normal(jax.random.key(1), (size, side, side, 3), jnp.float32)
+    return images.astype(dtype), jnp.arange(size, dtype=jnp.int32) % 10
 
 
 def engine_for(net, images, **options):
@@ -161,7 +162,8 @@ def test_edits_below_units_and_outside_of_them():
 def test_single_precision_is_as_near_to_double_as_rounding_lets_it():
     """40 networks, both by the engine, whose double precision is tested above.
 
-    A single ReLU that rounding turns on or off moves a block of few images by more than a hundredth, so not every block is as near.
+    Most blocks are within rounding; where rounding turns a ReLU on or off, a block moves more.
+    `experiments/scores/precision.py` has the errors of larger networks.
     """
     net = WideResNet(10, 1.0)
     modules = modules_of(net, batch_of()[0])
@@ -183,8 +185,8 @@ def test_single_precision_is_as_near_to_double_as_rounding_lets_it():
             for block in b.blocks
         ]
     )
-    assert np.median(errors) < 1e-4
-    assert np.quantile(errors, 0.95) < 1e-2
+    assert np.median(errors) < 1e-6
+    assert errors.max() < 1e-2
 
 
 # --- nothing is traced or compiled in steady state ---

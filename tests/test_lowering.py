@@ -519,3 +519,12 @@ def test_programs_stay_small():
         args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shape.operands(direction)]
         run = functools.partial(lowering, shape, direction)
         assert jax.jit(run).trace(*args).lower().as_text().count("\n") < 2000
+
+
+def test_convolutions_run_where_compilation_is_switched_off():
+    x, conv = jnp.ones((1, 4, 4, 2)), Conv(2, (3, 3), feature_group_count=2)
+    variables = conv.init(jax.random.key(0), x)
+    wanted = conv.apply(variables, x)
+    with jax.disable_jit():
+        found = conv.apply(variables, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from experiments.scores import nasbench201 as nb
 from experiments.scores import nasbench_macro as macro
-from experiments.scores import pieces, scoring, tables
+from experiments.scores import scoring, tables
 from experiments.scores.correlation import (
     best_of,
     equal_count_bins,
@@ -23,21 +23,12 @@ from experiments.scores.correlation import (
     ranks,
     spearman,
 )
-from experiments.scores.pieces import PiecewiseScorer
 from experiments.scores.weights import SharedWeights
 from nnopt.core import Example
 from nnopt.costs import macs, parameters
 from nnopt.errors import DataError, ResultFolderError
-from nnopt.scores import (
-    Fisher,
-    GradNorm,
-    Grasp,
-    Naswot,
-    Parameters,
-    Scorer,
-    SynFlow,
-    Zen,
-)
+from nnopt.scores import Fisher, Parameters, Scorer, SynFlow
+from nnopt.scores.programs import ProgramCache
 
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
@@ -501,7 +492,9 @@ def test_synflow_of_a_cell_is_the_published_number():
     # FreeREA's table for this cell; its weights are He's, its figure the mean of three draws.
     published = 3.40287082e32
     net = nb.NASBench201(nb.Cell.parse(PUBLISHED_CELLS[0][0]))
-    scorer = PiecewiseScorer(net, Example(jnp.zeros((1, 32, 32, 3)), train=True), (SynFlow(),))
+    scorer = Scorer(
+        net, Example(jnp.zeros((1, 32, 32, 3)), train=True), (SynFlow(),), programs=ProgramCache()
+    )
     draws = [scorer(he_variables(net, seed))[SynFlow()].total for seed in range(3)]
     # Draws of eighty layers' weights differ by a tenth or so; a missing layer would cost a factor of ten.
     assert np.mean(draws) == pytest.approx(published, rel=0.2)
@@ -551,40 +544,6 @@ def test_shared_weights_are_those_of_initialisation():
     )
     with pytest.raises(KeyError):
         weights.of(Tiny(4))
-
-
-def test_scores_by_pieces_are_those_of_one_program():
-    images, labels = tiny_batch()
-    example = Example(images, train=True)
-    net = Tiny(2)
-    variables = example.init(net, jax.random.key(1))
-    scores = (GradNorm(), Fisher(), Grasp(), Naswot(), Zen())
-    whole = Scorer(net, example, scores)(variables, images, labels)
-    cut = PiecewiseScorer(net, example, scores)(variables, images, labels)
-    assert list(cut) == list(whole)
-    for score, value in whole.items():
-        assert value.finite
-        assert cut[score].total == pytest.approx(value.total, rel=1e-3), score
-        assert cut[score].sites == pytest.approx(value.sites, rel=1e-2, abs=1e-6), score
-
-
-def test_pieces_are_shared_between_networks(monkeypatch):
-    images, labels = tiny_batch()
-    example = Example(images, train=True)
-    made = {}
-    monkeypatch.setattr(pieces, "_programs", made)
-
-    def score(depth):
-        net = Tiny(depth)
-        variables = example.init(net, jax.random.key(1))
-        PiecewiseScorer(net, example, (GradNorm(),))(variables, images, labels)
-        return dict(made)
-
-    first = score(2)
-    # A second network of the same shape needs no program, a deeper one no new operation.
-    assert score(2) == first
-    assert score(4) == first
-    assert 4 < len(first) < 12
 
 
 def job(folder, **changes):

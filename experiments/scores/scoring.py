@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,15 +15,15 @@ import flax.linen as nn
 import jax
 
 import nnopt
-from experiments.scores.pieces import PiecewiseScorer
 from experiments.scores.weights import SharedWeights
 from nnopt.core import All, Example, rewrite
 from nnopt.core.files import write_whole
 from nnopt.data import cifar10, minibatch
 from nnopt.errors import DataError, ResultFolderError, ScoreError, SelectionError
 from nnopt.rewrites import LowerGroupedConvs
-from nnopt.scores import Parameters, Score
+from nnopt.scores import Parameters, Score, Scorer
 from nnopt.scores.network import TracedNetwork
+from nnopt.scores.programs import ProgramCache
 from nnopt.search.workers import OnProgress, map_in_processes
 
 
@@ -173,6 +174,8 @@ class _Worker:
         self.job = job
         self.images, self.labels = _images(job)
         self.example = Example(self.images, train=True)
+        # Networks of a benchmark are the same few operations in another order: after the first ones next to nothing is compiled.
+        self.programs = ProgramCache()
         covering = [job.network(choice) for choice in job.covering]
         self.weights = SharedWeights(covering, Example(self.images[:1], train=True), job.seed)
 
@@ -191,14 +194,14 @@ class _Worker:
         }
         return ScoredNetwork(index, time.perf_counter() - start, totals)
 
-    def _scorer(self, net: nn.Module) -> PiecewiseScorer:
+    def _scorer(self, net: nn.Module) -> Scorer:
         """A scorer of those scores that are defined for the network."""
+        make = functools.partial(Scorer, net, self.example, programs=self.programs)
         try:
-            return PiecewiseScorer(net, self.example, self.job.scores.values())
+            return make(self.job.scores.values())
         except (ScoreError, SelectionError):
-            network = PiecewiseScorer(net, self.example, (Parameters(),)).network
-            scores = [s for s in self.job.scores.values() if _is_defined(s, network)]
-            return PiecewiseScorer(net, self.example, scores)
+            network = make((Parameters(),)).network
+            return make([s for s in self.job.scores.values() if _is_defined(s, network)])
 
 
 def _is_defined(score: Score, network: TracedNetwork) -> bool:

@@ -106,11 +106,13 @@ class SplitGroups(Wide):
         if direction is Direction.INPUT_GRADIENT:
             kernel = swapped(kernel, shape.groups)
         _, (rows, columns) = self._tiles(shape, direction)
-        kernels = [
-            _tiled(block_diagonal(k, shape.groups // self.parts), rows, columns)
-            for k in jnp.split(kernel, self.parts, axis=-1)
-        ]
-        return (jnp.stack(kernels),) if self.loop else tuple(kernels)
+
+        def part(k: jax.Array) -> jax.Array:
+            return _tiled(block_diagonal(k, shape.groups // self.parts), rows, columns)
+
+        if self.loop:
+            return (jax.vmap(part)(_apart(kernel, self.parts)),)
+        return tuple(part(k) for k in jnp.split(kernel, self.parts, axis=-1))
 
     def _run(
         self,
@@ -131,8 +133,7 @@ class SplitGroups(Wide):
             )
 
         if self.loop:
-            apart = jnp.moveaxis(operand.reshape(*operand.shape[:3], self.parts, -1), 3, 0)
-            found = lax.map(lambda xk: part(*xk), (apart, prepared[0]))
+            found = lax.map(lambda xk: part(*xk), (_apart(operand, self.parts), prepared[0]))
             y = jnp.moveaxis(found, 0, -2).reshape(*found.shape[1:-1], channels)
         else:
             slices = jnp.split(operand, self.parts, axis=-1)
@@ -157,13 +158,16 @@ class SplitGroups(Wide):
             return diagonal_blocks(native(dense, Direction.WEIGHT_GRADIENT, x, y), each)
 
         if self.loop:
-            apart = [
-                jnp.moveaxis(a.reshape(*a.shape[:3], self.parts, -1), 3, 0) for a in (x, cotangent)
-            ]
-            found = lax.map(lambda xy: part(*xy), tuple(apart))
+            apart = _apart(x, self.parts), _apart(cotangent, self.parts)
+            found = lax.map(lambda xy: part(*xy), apart)
             return jnp.moveaxis(found, 0, -2).reshape(shape.kernel)
         slices = (jnp.split(a, self.parts, axis=-1) for a in (x, cotangent))
         return _joined([part(a, b) for a, b in zip(*slices, strict=True)])
+
+
+def _apart(x: jax.Array, parts: int) -> jax.Array:
+    """Parts of the last axis, in a first axis of their own."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], parts, -1), -2, 0)
 
 
 def _joined(parts: Sequence[jax.Array]) -> jax.Array:
