@@ -1,0 +1,115 @@
+"""How near Fisher potential in single precision is to double precision: block by block, for random networks of a search space.
+
+python -m experiments.scores.precision
+
+Both run in the engine, with the same weights, images and labels. Where rounding turns a ReLU on or off, a block moves by more
+than rounding, the more the fewer images there are.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from nnopt.core import Example, sites
+from nnopt.errors import NnoptError
+from nnopt.networks import named
+from nnopt.rewrites.block import block_for
+from nnopt.scores.engine import Engine
+from nnopt.scores.looks import LookForFisherPotential
+from nnopt.scores.sources import mean_cross_entropy
+from nnopt.search.sampler import BudgetSampler
+from nnopt.search.space import block_space
+from nnopt.search.workers import tune_process
+
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionCommand:
+    """Relative differences between single and double precision, of blocks and of networks."""
+
+    network: str = "wrn-40-2"
+    """Name of the network whose blocks are replaced."""
+    budget: int = 400_000
+    """Parameters of the candidates."""
+    candidates: int = 200
+    """Random candidates."""
+    batch: int = 64
+    """Images, random ones."""
+    seed: int = 0
+    """Of candidates, weights and images."""
+
+    def run(self) -> None:
+        """Scores the candidates twice and prints quantiles."""
+        tune_process()
+        console = Console()
+        net = named(self.network, 10)
+        one = Example(jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+        space = block_space(net, one)
+        sampler = BudgetSampler(space, self.budget, 0.025)
+        traced = sites(net, one)
+        modules = [
+            [block_for(traced[path], traced, choice) for choice in choices]
+            for path, choices in zip(space.paths, space.choices, strict=True)
+        ]
+        drawn = [
+            {p: m[k] for p, m, k in zip(space.paths, modules, sampler.draw(self.seed, i), strict=True)}
+            for i in range(self.candidates)
+        ]  # fmt: skip
+        key = jax.random.key(self.seed)
+        images = np.asarray(jax.random.normal(key, (self.batch, 32, 32, 3), jnp.float32))
+        labels = np.arange(self.batch, dtype=np.int32) % 10
+
+        def scores(dtype: str) -> list[np.ndarray]:
+            batch = jnp.asarray(images, dtype)
+            engine = Engine(net, Example(batch, train=True), LookForFisherPotential(), loss=mean_cross_entropy)  # fmt: skip
+            found = []
+            for edits in track(drawn, dtype, console=console, disable=not console.is_terminal):
+                value = engine.score(engine.candidate(edits), batch, labels, key)
+                found.append(np.array(list(value.blocks.values()), np.float64))
+            return found
+
+        single = scores("float32")
+        with jax.enable_x64(True):
+            double = scores("float64")
+        blocks = np.concatenate([abs(a / b - 1) for a, b in zip(single, double, strict=True)])
+        totals = np.array([abs(a.sum() / b.sum() - 1) for a, b in zip(single, double, strict=True)])
+        title = f"{self.candidates} candidates of {self.network} at {self.budget:,} parameters, {self.batch} images"
+        table = Table(title=title, caption="|float32 / float64 - 1|")
+        for name in (
+            "",
+            "number",
+            *("all below" if q == 1 else f"{q:.0%} below" for q in QUANTILES),
+            "above 1 %",
+        ):
+            table.add_column(name, justify="right" if name else "left")
+        for name, errors in (("blocks", blocks), ("networks", totals)):
+            cells = [f"{np.quantile(errors, q):.1e}" for q in QUANTILES]
+            table.add_row(name, f"{len(errors):,}", *cells, str(int((errors > 1e-2).sum())))
+        console.print(table)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: arguments; those of the process by default.
+    """
+    command = tyro.cli(PrecisionCommand, prog="precision", description=__doc__, args=args)
+    try:
+        command.run()
+    except NnoptError as error:
+        print(f"precision: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
