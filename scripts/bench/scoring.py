@@ -85,7 +85,7 @@ def engine(setting: Setting) -> Scorer:
     from nnopt.networks import named
     from nnopt.rewrites.block import block_for
     from nnopt.scores.fisher_engine import FisherEngine
-    from nnopt.search.workers import tune_process
+    from nnopt.search.workers import release_freed_memory, tune_process
 
     tune_process()
     images, labels = jnp.asarray(setting.images), jnp.asarray(setting.labels, jnp.int32)
@@ -110,6 +110,7 @@ def engine(setting: Setting) -> Scorer:
     fisher.prepare(map(edits, every))  # programs
     for candidate in every:  # weights, which are made at first use
         score(candidate)
+    release_freed_memory()
     return lambda candidates: [score(c) for c in candidates]
 
 
@@ -291,6 +292,8 @@ class Bench:
     """Parameters of a candidate."""
     seed: int = 0
     """Of candidates and minibatch."""
+    threads: bool = True
+    """Measure one process with a thread for each core too."""
     quick: bool = False
     """Two rounds of two candidates."""
     check: bool = False
@@ -321,14 +324,17 @@ class Bench:
             Row("engine", engine, self.small_batch, self.small_seeds),
             Row("PyTorch tuned", torch_tuned, self.small_batch, self.small_seeds),
         ]
-        layouts = {f"one process, {len(cores)} threads": [set(cores)]}
+        layouts = {f"one process, {len(cores)} threads": [set(cores)]} if self.threads else {}
         if len(cores) > 1:
             layouts[f"{len(cores)} processes, one core each"] = [{core} for core in cores]
         record: dict[str, Any] = {"bench": {**dataclasses.asdict(self), "out": None}}
         for layout, shares in layouts.items():
-            result = _measure(problem, rows, shares, console)
+            # A program for each candidate is hopeless either way, and needs memory that the others lack.
+            several = len(shares) > 1
+            here = [row for row in rows if not (several and row.make is whole_network)]
+            result = _measure(problem, here, shares, console)
             record[layout] = result
-            _report(self, layout, rows, result, problem, console)
+            _report(self, layout, here, result, problem, console)
         if self.out is not None:
             self.out.write_text(json.dumps(record, indent=1))
         return None
