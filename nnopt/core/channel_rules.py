@@ -202,11 +202,12 @@ def _elementwise(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> 
         return inputs
     found = []
     for shape in _shapes(equation):
-        full = [a for a in inputs if a.shape == shape]
-        if not full:
-            found.append(Axes.free(shape, weights=weights))
-            continue
-        found.append(Axes(shape, ties.join_all(full), weights))
+        labels: list[Labels] = [None] * len(shape)
+        for array in inputs:  # an axis of one element is repeated
+            for axis, extent in enumerate(array.shape):
+                if extent == shape[axis]:
+                    labels[axis] = ties.join(labels[axis], array.labels[axis])
+        found.append(Axes(shape, tuple(labels), weights))
     return found
 
 
@@ -479,9 +480,7 @@ def _dot_general(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> 
         joined = ties.join(a.labels[i], b.labels[j])
         if not (a.weights or b.weights) and joined is not None:
             ties.mark(Axes((len(joined),), (joined,)), 0, note)
-    labels = [
-        ties.join(a.labels[i], b.labels[j]) for i, j in zip(batch_a, batch_b, strict=True)
-    ]
+    labels = [ties.join(a.labels[i], b.labels[j]) for i, j in zip(batch_a, batch_b, strict=True)]
     for array, used in ((a, {*contract_a, *batch_a}), (b, {*contract_b, *batch_b})):
         rest = [v for axis, v in enumerate(array.labels) if axis not in used]
         labels += rest
@@ -542,9 +541,7 @@ def _dynamic_update(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) 
     return [Axes(array.shape, tuple(labels))]
 
 
-def run(
-    ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]
-) -> Sequence[Axes]:
+def run(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     """Labels of an equation's outputs; equations that hold a program of their own are run through."""
     name, params = equation.primitive.name, equation.params
     if name in RULES:
@@ -555,9 +552,7 @@ def run(
             return run_jaxpr(ties, body, inputs, equation.path)
     if name == "cond":
         found = [run_jaxpr(ties, b, inputs[1:], equation.path) for b in params["branches"]]
-        return [
-            Axes(many[0].shape, ties.join_all(many)) for many in zip(*found, strict=True)
-        ]
+        return [Axes(many[0].shape, ties.join_all(many)) for many in zip(*found, strict=True)]
     if name == "scan":
         return _scan(ties, equation, inputs)
     return unknown(ties, equation, inputs)
@@ -582,15 +577,15 @@ def _scan(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequenc
         Axes(a.shape, ties.join_all([a, b])) for a, b in zip(before, found[:carried], strict=True)
     ]
     stacked = [
-        Axes((equation.params["length"], *a.shape), (_unmoved(equation.params["length"]), *a.labels))
+        Axes(
+            (equation.params["length"], *a.shape), (_unmoved(equation.params["length"]), *a.labels)
+        )
         for a in found[carried:]
     ]
     return [*after, *stacked]
 
 
-def run_jaxpr(
-    ties: Ties, closed: Any, inputs: Sequence[Axes], path: Path
-) -> list[Axes]:
+def run_jaxpr(ties: Ties, closed: Any, inputs: Sequence[Axes], path: Path) -> list[Axes]:
     """Labels of a program's outputs.
 
     Args:
@@ -609,7 +604,14 @@ def run_jaxpr(
     for eqn in jaxpr.eqns:
         before = [look_up(v) for v in eqn.invars]
         inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
-        if eqn.primitive.name in ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"):
+        if eqn.primitive.name in (
+            "jit",
+            "pjit",
+            "closed_call",
+            "core_call",
+            "checkpoint",
+            "remat2",
+        ):
             after: Sequence[Axes] = run_jaxpr(ties, inner, before, path)
         else:
             outputs = tuple(eqn.outvars)

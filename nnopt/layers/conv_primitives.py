@@ -87,7 +87,9 @@ def _result(direction: Direction, first: Any, second: Any, *, shape: ConvShape, 
 
 def _implementation(direction: Direction, first: Any, second: Any, **params: Any) -> Any:
     """Outside `jax.jit`."""
-    with jax.disable_jit(False):  # as JAX's own operations are compiled even where functions are not
+    with jax.disable_jit(
+        False
+    ):  # as JAX's own operations are compiled even where functions are not
         return _compiled(direction, tuple(params.items()))(first, second)
 
 

@@ -1,10 +1,10 @@
 """Structured pruning that really removes channels: which ones, and the network without them.
 
-    groups = channel_groups(net, example)                   # what belongs together
-    scores = magnitude(groups, variables)                   # or another of `rewrites.importance`
-    removed = weakest(groups, scores, fraction=0.3)         # or until a budget is met
-    small = rewrite(net, prune(groups, removed), example=example)
-    variables, report = carry(net, small, variables, example=example, key=key)
+groups = channel_groups(net, example)                   # what belongs together
+scores = magnitude(groups, variables)                   # or another of `rewrites.importance`
+removed = weakest(groups, scores, fraction=0.3)         # or until a budget is met
+small = rewrite(net, prune(groups, removed), example=example)
+variables, report = carry(net, small, variables, example=example, key=key)
 """
 
 import math
@@ -206,7 +206,9 @@ def weakest(
     every = len(order)
     if fraction is not None:
         if not 0 <= fraction < 1:
-            raise BudgetError(f"a fraction of {fraction} cannot be removed; give one from 0 to below 1")
+            raise BudgetError(
+                f"a fraction of {fraction} cannot be removed; give one from 0 to below 1"
+            )
         count = round(fraction * every)
     taken = _Taken(groups, names, order, multiple)
     if count is not None:
@@ -233,9 +235,7 @@ def weakest(
     return taken.first(low)
 
 
-def _order(
-    groups: ChannelGroups, scores: Scores, names: Sequence[str], scope: str
-) -> np.ndarray:
+def _order(groups: ChannelGroups, scores: Scores, names: Sequence[str], scope: str) -> np.ndarray:
     """`[channels, 2]`: number of the group and of the channel, least important first."""
     rows = []
     for number, name in enumerate(names):
@@ -309,7 +309,9 @@ def combined(*removals: Removed) -> dict[str, list[int]]:
     return {name: sorted(channels) for name, channels in found.items()}
 
 
-def prunable(groups: ChannelGroups, names: Iterable[str] | None = None, *, exact: bool = True) -> list[str]:
+def prunable(
+    groups: ChannelGroups, names: Iterable[str] | None = None, *, exact: bool = True
+) -> list[str]:
     """The groups that can lose channels: those named (all by default) with several channels, exact ones if asked."""
     chosen = groups if names is None else [groups[n].name for n in names]
     return [n for n in chosen if groups[n].size > 1 and (groups[n].exact or not exact)]

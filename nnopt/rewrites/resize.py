@@ -160,9 +160,7 @@ def resized(site: Site, old: Shapes, new: Shapes) -> nn.Module:
     elif "features" in fields and ("params", "embedding") in old:
         updates["features"] = new["params", "embedding"][-1]
     else:
-        changes = {
-            (a, b) for key in old for a, b in zip(old[key], new[key], strict=True) if a != b
-        }
+        changes = {(a, b) for key in old for a, b in zip(old[key], new[key], strict=True) if a != b}
         for a, b in changes:
             for name, value in fields.items():
                 if type(value) is int and value == a:
@@ -213,9 +211,7 @@ class _Stand(Rewrite):
         return dict(self.edits)
 
 
-def _problem(
-    sites: Sites, edits: Edits, wanted: Mapping[Path, tuple[int, ...]]
-) -> str | None:
+def _problem(sites: Sites, edits: Edits, wanted: Mapping[Path, tuple[int, ...]]) -> str | None:
     """Why the edited network is not the network with these shapes; None if it is."""
     from flax.traverse_util import flatten_dict
 
@@ -225,7 +221,9 @@ def _problem(
         specs = _specs(made, sites)
     except RewriteError as error:
         reason = str(error).split(": ", 1)[-1].split("; keep the output shape")[0]
-        return f"{name} does not run at these widths: {reason}; leave the channels there as they are"
+        return (
+            f"{name} does not run at these widths: {reason}; leave the channels there as they are"
+        )
     old = flatten_dict(nn.meta.unbox(dict(sites.variables)))
     for leaf, spec in old.items():
         shape = wanted.get(leaf, spec.shape)
@@ -253,5 +251,3 @@ def _specs(net: nn.Module, sites: Sites) -> dict[Path, Any]:
     from nnopt.core.sites import sites as trace
 
     return flatten_dict(nn.meta.unbox(dict(trace(net, sites.example).variables)))
-
-

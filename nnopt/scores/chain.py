@@ -87,11 +87,14 @@ class Reverse:
             its cotangents that go in, and that come out.
         inputs: for each input that may be active the slot of its cotangent, None without one.
         observed: for each probe with a gradient: its position among the probes, and the slots of what was observed.
+        spent: for each instruction of the forward pass, then of this one: the slots that nobody reads any more. Their memory is
+            used again while it is in the cache.
     """
 
     parts: "tuple[Instruction | HoleReverse, ...]"
     inputs: tuple[int | None, ...]
     observed: tuple[tuple[int, tuple[int, ...]], ...]
+    spent: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -538,7 +541,13 @@ class Chain:
         gradients = tuple(
             at.get(v) if on else None for v, on in zip(self._inputs, inputs, strict=True)
         )
-        return Reverse(tuple(parts), gradients, tuple(observed))
+        kept = [*self.inputs, *self.outputs, *(s for s in gradients if s is not None)]
+        kept += [s for _, slots in (*self.observed, *observed) for s in slots]
+        forward, backward = len(self.forward), (*self.forward, *parts)
+        # Holes move values between chains, so a chain with holes keeps all of its own.
+        whole = all(isinstance(part, tuple) for part in backward)
+        spent = _spent([p for p in backward if isinstance(p, tuple)], kept) if whole else ()
+        return Reverse(tuple(parts), gradients, tuple(observed), (spent[:forward], spent[forward:]))
 
     def _sum(self, value: Value, terms: tuple[int, ...], to: int) -> Instruction:
         def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -590,6 +599,16 @@ class Chain:
         moving = _avals((*values, *given, *known))
         program = self._program(key, run, moving, _avals(weights))
         return program, tuple(self._slot(v) for v in values), self._weight_slots(weights)
+
+
+def _spent(instructions: Sequence[Instruction], kept: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+    """After each instruction: the slots that it reads or writes, but none after it, and that are not kept."""
+    needed, spent = set(kept), []
+    for _, reads, writes in reversed(instructions):
+        here = {*reads, *writes} - needed
+        spent.append(tuple(here))
+        needed |= here
+    return tuple(reversed(spent))
 
 
 def _hole_outputs(*inputs: Any, index: int, outputs: tuple[Any, ...]) -> list[Any]:

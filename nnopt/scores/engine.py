@@ -6,6 +6,7 @@ traced or compiled any more: a candidate is a row of calls.
 """
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -375,7 +376,8 @@ class Engine(Generic[Result]):
             if isinstance(part, Hole):
                 chain, inner = pieces[part.index].chain, envs[part.index]
                 _move(env, part.inputs, inner, chain.inputs)
-                run_instructions(chain.forward, inner)
+                back = candidate.reverses[part.index]
+                run_instructions(chain.forward, inner, back.spent[0] if back is not None else ())
                 _move(inner, chain.outputs, env, part.outputs)
             else:
                 run_instructions((part,), env)
@@ -388,7 +390,7 @@ class Engine(Generic[Result]):
                 assert reverse is not None
                 slots = map(chain.cotangent_slot, range(len(step.cotangents)))
                 _move(env, step.cotangents, inner, slots)
-                run_instructions(reverse.parts, inner)
+                run_instructions(reverse.parts, inner, reverse.spent[1])
                 _move(inner, reverse.inputs, env, step.gradients)
                 for source, target in zip(chain.inputs, step.gradients, strict=True):
                     if (
@@ -464,12 +466,22 @@ def code_of(key: jax.Array) -> bytes:
     return np.asarray(jax.random.key_data(key)).tobytes()
 
 
-def run_instructions(instructions: Iterable[Any], env: list[Any]) -> None:
-    """Runs programs on slots of an `env`, in order."""
-    for program, reads, writes in instructions:
+def run_instructions(
+    instructions: Iterable[Any], env: list[Any], spent: Sequence[Sequence[int]] = ()
+) -> None:
+    """Runs programs on slots of an `env`, in order.
+
+    Args:
+        instructions: the programs, with the slots that they read and write.
+        env: arrays.
+        spent: for each instruction the slots to let go after it; none by default.
+    """
+    for (program, reads, writes), last in itertools.zip_longest(instructions, spent, fillvalue=()):
         results = program.run(*[env[i] for i in reads])
         for slot, result in zip(writes, results, strict=True):
             env[slot] = result
+        for slot in last:
+            env[slot] = None
 
 
 def _move(
