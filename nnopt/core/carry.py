@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from nnopt.core.example import Example, rngs
 from nnopt.core.fingerprint import fingerprint
 from nnopt.core.patch import Patched
-from nnopt.core.rewrite import Step, base_of, history
+from nnopt.core.rewrite import Rewrite, Step, base_of, history
+from nnopt.core.sites import sites
 from nnopt.errors import CarryError
 from nnopt.typing import Path, Variables
 
@@ -74,10 +75,14 @@ def carry(
             )
     current: dict[Path, Any] = dict(arrays)
     origin: dict[Path, str] = dict.fromkeys(arrays, "copied")
-    base = base_of(new)
+    base, before = base_of(new), old
     for step in steps:
-        specs = _flat(_specs(Patched(base, step.patch), example))
-        current, origin = _carry_step(step, current, origin, specs)
+        after = Patched(base, step.patch)
+        rule = step.rule
+        if type(rule).written_out is not Rewrite.written_out:
+            rule = rule.written_out(sites(before, step.example))
+        current, origin = _carry_step(step, rule, current, origin, _flat(_specs(after, example)))
+        before = after
     wanted = _flat(_specs(new, example))
     missing = [name for name in wanted if name not in current]
 
@@ -97,7 +102,11 @@ def carry(
 
 
 def _carry_step(
-    step: Step, arrays: Mapping[Path, Any], origin: Mapping[Path, str], specs: Mapping[Path, Any]
+    step: Step,
+    rule: Rewrite,
+    arrays: Mapping[Path, Any],
+    origin: Mapping[Path, str],
+    specs: Mapping[Path, Any],
 ) -> tuple[dict[Path, Any], dict[Path, str]]:
     """One step: names are `(collection, *path, leaf)`."""
     out: dict[Path, Any] = {}
@@ -115,13 +124,13 @@ def _carry_step(
         inside = {n: _relative(n, path) for n in {*arrays, *specs} if edited(n) == path}
         old = {text: arrays[n] for n, text in inside.items() if n in arrays}
         new = {text: specs[n] for n, text in inside.items() if n in specs}
-        carried = step.rule.carry(path, old, new)
+        carried = rule.carry(path, old, new)
         for name, text in inside.items():
             if text in carried and name in specs:
                 value = carried[text]
                 if value.shape != specs[name].shape:
                     raise CarryError(
-                        f"{type(step.rule).__name__} carries {'/'.join(name)!r} with shape {value.shape}, the network wants "
+                        f"{type(rule).__name__} carries {'/'.join(name)!r} with shape {value.shape}, the network wants "
                         f"{specs[name].shape}; mend the rule's carry"
                     )
                 out[name] = value

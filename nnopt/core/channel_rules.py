@@ -276,7 +276,9 @@ def _regrouped(ties: Ties, array: Axes, before: list[int], after: list[int]) -> 
     moving = [a for a in before if array.moves(a)]
     sizes = [array.shape[a] for a in before]
     if not moving:
-        return [np.zeros(n, np.int64) if n != 1 else None for n in after]
+        # What was repeated as often as the network wanted is as long as it wants.
+        free = len(after) == 1 and any(array.labels[a] is None and array.shape[a] > 1 for a in before)
+        return [None if free or n == 1 else np.zeros(n, np.int64) for n in after]
     for axis in moving[:-1]:
         ties.keep(array, axis, None)
     place = before.index(moving[-1])

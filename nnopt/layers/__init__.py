@@ -1,6 +1,6 @@
 """Linen modules that rewrites put in place."""
 
-from nnopt.layers.combinators import GATES, TAPS, Gate, Identity, Tap, Then
+from nnopt.layers.combinators import GATES, TAPS, AtResolution, Gate, Identity, Tap, Then
 from nnopt.layers.conv import Conv, LoweredConvolution
 from nnopt.layers.conv_primitives import convolve
 from nnopt.layers.dense_lowerings import block_diagonal, diagonal_blocks
@@ -31,6 +31,7 @@ __all__ = [
     "TAPS",
     "AddGate",
     "AddTap",
+    "AtResolution",
     "BottleneckOperator",
     "Conv",
     "ConvShape",

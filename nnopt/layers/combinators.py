@@ -48,6 +48,31 @@ class Then(nn.Module):
         return self.after(self.module(*args, **kwargs))
 
 
+class AtResolution(nn.Module):
+    """`x -> module(x resized by factor)`, standing exactly where `module` stood, mostly at the network itself.
+
+    Attributes:
+        module: takes `[batch, height, width, channels]` first; its variables keep their paths.
+        factor: of height and width; linear interpolation, antialiased.
+    """
+
+    wraps: ClassVar[str] = "module"
+
+    module: nn.Module
+    factor: float
+
+    def setup(self) -> None:
+        """Takes over the scope of `module`."""
+        share_scope(self, self.module)
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """Arguments of `module` -> its result on smaller or larger images."""
+        batch, height, width, channels = x.shape
+        size = (max(1, round(height * self.factor)), max(1, round(width * self.factor)))
+        x = jax.image.resize(x, (batch, *size, channels), "linear")
+        return self.module(x, *args, **kwargs)
+
+
 def after_name(module: nn.Module) -> str:
     """The name below which `Then(module, ...)` keeps the variables of what it runs after: `after`, `after2`, ..."""
     depth = 1

@@ -74,7 +74,7 @@ class Resize(Rewrite):
         owners = {e.leaf: _owner(e, sites) for e in self.extents}
         wanted = self._shapes(sites, owners)
         edits: dict[Path, nn.Module] = {}
-        for site in dict.fromkeys(owners.values()):
+        for site in {site.path: site for site in owners.values()}.values():
             old = {(c, n): v.shape for c, names in site.variables.items() for n, v in names.items()}
             new = {key: wanted.get((key[0], *site.path, *as_path(key[1])), shape) for key, shape in old.items()}  # fmt: skip
             edits[site.path] = resized(site, old, new)

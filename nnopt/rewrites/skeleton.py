@@ -1,0 +1,318 @@
+"""Scaling a network down: width, depth, resolution, and the inner width of its residual blocks.
+
+The alternatives to pruning (Crowley et al., "A Closer Look at Structured Pruning", https://arxiv.org/abs/1810.04622): smaller members
+of the same family, trained from scratch. Channels that belong together are found in the network's own program
+(`core.channels`), so the rules take any linen network. Weights are carried as far as they fit: a narrower network starts
+from the first channels of the wide one.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+
+from nnopt.core import ResidualBlocks, Rewrite, Selector, Site, Sites, select
+from nnopt.core.channels import ChannelGroup, ChannelGroups, channel_groups_traced
+from nnopt.core.paths import path_text
+from nnopt.errors import RewriteError
+from nnopt.layers import AtResolution, Identity
+from nnopt.rewrites.resize import Extent, Resize
+from nnopt.typing import Edits, Path
+
+
+def resize_groups(groups: ChannelGroups, sizes: Mapping[str, int]) -> Resize:
+    """The rule that gives groups of channels other sizes.
+
+    Args:
+        groups: of the network.
+        sizes: group -> how many channels it shall have. Smaller ones keep their first channels, the weights of larger
+            ones are initialised afresh.
+
+    Raises:
+        SelectionError: there is no such group.
+        RewriteError: a size below 1.
+    """
+    kept: dict[tuple[Path, int], np.ndarray] = {}
+    grown: dict[tuple[Path, int], int] = {}
+    for name, size in sizes.items():
+        group = groups[name]
+        if size < 1:
+            raise RewriteError(f"{name!r} would be left with {size} channels; keep at least one")
+        if size == group.size:
+            continue
+        for member in group.members:
+            key = member.leaf, member.axis
+            extent = groups.leaves[member.leaf][member.axis]
+            stays = kept.setdefault(key, np.ones(extent, bool))
+            stays[member.indices] &= member.channels < size
+            if size > group.size:
+                each = len(member.indices) // group.size
+                grown[key] = grown.get(key, 0) + each * (size - group.size)
+    extents = []
+    for (leaf, axis), stays in kept.items():
+        more = grown.get((leaf, axis), 0)
+        indices = None if more else tuple(np.flatnonzero(stays).tolist())
+        extents.append(Extent(path_text(leaf), axis, int(stays.sum()) + more, indices))
+    return Resize(tuple(extents))
+
+
+class _Widths(Rewrite):
+    """A rule that sets the sizes of groups of channels."""
+
+    @property
+    def pins(self) -> frozenset[str]:
+        """See `Rewrite`."""
+        return Resize(()).pins
+
+    @abc.abstractmethod
+    def sizes(self, groups: ChannelGroups) -> Mapping[str, int]:
+        """Group -> its new size."""
+
+    def written_out(self, sites: Sites) -> Resize:
+        """See `Rewrite`."""
+        groups = channel_groups_traced(sites)
+        return resize_groups(groups, self.sizes(groups))
+
+    def __call__(self, sites: Sites) -> Edits:
+        """See `Rewrite`."""
+        return self.written_out(sites)(sites)
+
+    def carry(
+        self, path: Path, old: Mapping[str, jax.Array], new: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> Mapping[str, jax.Array]:
+        """Never called: `written_out` is carried instead."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleWidth(_Widths):
+    """Every convolution and dense layer but the last, `factor` times as wide.
+
+    Before -> after with a factor of 1/2: `Conv(64) -> Conv(32)`, its batch norm and what reads it likewise. Numbers of groups stay
+    as they are, those of depthwise convolutions follow their channels.
+
+    Attributes:
+        factor: of the number of channels.
+        multiple: widths are rounded to the nearest multiple, up if that would lose more than a tenth (as MobileNet does,
+            https://arxiv.org/abs/1801.04381). Widths that are none to begin with are rounded to whole channels.
+        keep: modules that stay as wide as they are; the stem of a wide residual network, which all members of the family share.
+    """
+
+    factor: float
+    multiple: int = 8
+    keep: Selector | str | None = None
+
+    def sizes(self, groups: ChannelGroups) -> Mapping[str, int]:
+        """See `_Widths`.
+
+        Raises:
+            RewriteError: the factor is not positive, or leaves a layer without channels.
+        """
+        if not (self.factor > 0 and math.isfinite(self.factor)) or self.multiple < 1:
+            raise RewriteError(
+                f"widths cannot be scaled by {self.factor} to multiples of {self.multiple}; give positive numbers"
+            )
+        chosen = select(groups.sites, self.keep).paths if self.keep is not None else ()
+        return {
+            name: self._size(group)
+            for name, group in groups.items()
+            if not any(maker.module in chosen for maker in group.makers)
+        }
+
+    def _size(self, group: ChannelGroup) -> int:
+        # A convolution in groups makes several outputs for each channel of its group.
+        each = len(group.makers[0].indices) // group.size
+        wanted = group.size * each * self.factor
+        multiple = self.multiple if group.size * each % self.multiple == 0 else 1
+        if wanted < 0.5 * each:
+            raise RewriteError(
+                f"a factor of {self.factor} leaves none of the {group.size} channels of {group.name!r}; give a larger one"
+            )
+        step = math.lcm(multiple, each)
+        found = max(step, int(wanted + step / 2) // step * step)
+        return (found if found >= 0.9 * wanted else found + step) // each
+
+
+@dataclasses.dataclass(frozen=True)
+class Bottleneck(_Widths):
+    """The inner width of residual blocks, `z` times what it is: `block(64 -> 64 -> 64)` -> `block(64 -> int(64 z) -> 64)`.
+
+    What only one block has is inner: between its convolutions. The widths of the residual stream stay, as they do when inner
+    channels are pruned.
+
+    Attributes:
+        z: factor of the inner widths.
+        multiple: inner widths are multiples of it, rounded down, at least one multiple.
+    """
+
+    z: float
+    multiple: int = 1
+
+    def sizes(self, groups: ChannelGroups) -> Mapping[str, int]:
+        """See `_Widths`.
+
+        Raises:
+            RewriteError: a factor that leaves a block without channels.
+        """
+        found = {}
+        for name in inner_groups(groups):
+            size = int(groups[name].size * self.z + 1e-9) // self.multiple * self.multiple
+            if size < 1:
+                raise RewriteError(
+                    f"an inner width of {groups[name].size} x {self.z} in multiples of {self.multiple} leaves {name!r} without "
+                    "channels; give a larger z"
+                )
+            found[name] = size
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleProfile(_Widths):
+    """Inner widths from a list, such as those that pruning has left, times a factor: one pruned network makes a family.
+
+    Attributes:
+        profile: a width for each inner group of channels, in the order of the network.
+        factor: of all of them.
+    """
+
+    profile: tuple[float, ...]
+    factor: float = 1.0
+
+    def sizes(self, groups: ChannelGroups) -> Mapping[str, int]:
+        """See `_Widths`.
+
+        Raises:
+            RewriteError: the profile has another length than the network has inner widths, or leaves one empty.
+        """
+        names = inner_groups(groups)
+        if len(names) != len(self.profile):
+            raise RewriteError(
+                f"the profile has {len(self.profile)} widths, and {type(groups.sites.net).__name__} has {len(names)} inner ones "
+                f"({names[0] if names else 'none'}, ...); give one for each"
+            )
+        found = {}
+        for name, width in zip(names, self.profile, strict=True):
+            found[name] = int(width * self.factor + 1e-9)
+            if found[name] < 1:
+                raise RewriteError(
+                    f"a width of {width} x {self.factor} leaves {name!r} without channels; give a larger factor"
+                )
+        return found
+
+
+def inner_groups(groups: ChannelGroups) -> list[str]:
+    """Groups that all belong to one residual block, in the order of the network.
+
+    Raises:
+        SelectionError: the network has no residual block.
+    """
+    blocks = ResidualBlocks()(groups.sites).paths
+
+    def inside(group: ChannelGroup) -> bool:
+        owners = {next((b for b in blocks if m[: len(b)] == b), None) for m in group.modules}
+        return len(owners) == 1 and None not in owners
+
+    return [name for name, group in groups.items() if inside(group)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleDepth(Rewrite):
+    """Fewer blocks: of each stage about `factor` times as many, those that go spread evenly.
+
+    Before -> after: `block -> Identity` for blocks that return what they take in shape. The first block of a stage stays.
+
+    Attributes:
+        factor: share of each stage's blocks that stays, at least one.
+        drop: in its place, the blocks that go.
+    """
+
+    factor: float | None = None
+    drop: tuple[str, ...] = ()
+
+    def __call__(self, sites: Sites) -> Edits:
+        """See `Rewrite`.
+
+        Raises:
+            RewriteError: both or neither of factor and drop, a factor outside of 0 to 1, or a block that changes the shape.
+            SelectionError: the network has no residual blocks, or none at a path to drop.
+        """
+        if (self.factor is None) == (not self.drop):
+            raise RewriteError("ScaleDepth takes either a factor or the blocks to drop")
+        if self.factor is not None:
+            if not 0 < self.factor <= 1:
+                raise RewriteError(
+                    f"depth cannot be scaled by {self.factor}; give a factor above 0 and up to 1"
+                )
+            return {path: Identity() for path in self._spread(ResidualBlocks()(sites))}
+        for path in self.drop:
+            if not _keeps_shape(sites[path]):
+                raise RewriteError(
+                    f"{path!r} cannot be dropped: it returns another shape than it takes"
+                )
+        return {sites[path].path: Identity() for path in self.drop}
+
+    def _spread(self, blocks: Sites) -> Iterator[Path]:
+        assert self.factor is not None
+        for stage in _stages(blocks):
+            going = len(stage) - max(1, round(len(stage) * self.factor))
+            able = [s.path for s in stage[1:] if _keeps_shape(s)]
+            going = min(going, len(able))
+            for i in range(going):
+                yield able[(2 * i + 1) * len(able) // (2 * going)]
+
+
+def _keeps_shape(site: Site) -> bool:
+    taken, made = site.inputs[0] if site.inputs else None, site.outputs
+    return (
+        getattr(taken, "shape", None) == getattr(made, "shape", ())
+        and taken is not None
+        and taken.dtype == made.dtype
+    )
+
+
+def _stages(blocks: Sites) -> list[list[Site]]:
+    """Neighbouring blocks that return the same shape."""
+    stages: list[list[Site]] = []
+    for site in blocks:
+        same = bool(stages) and stages[-1][-1].outputs.shape == site.outputs.shape
+        if not same or not _keeps_shape(site):
+            stages.append([])
+        stages[-1].append(site)
+    return stages
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleResolution(Rewrite):
+    """Images of another size: `net(x) -> net(resize(x, factor))`. No weight changes.
+
+    Attributes:
+        factor: of height and width.
+    """
+
+    factor: float
+
+    def __call__(self, sites: Sites) -> Edits:
+        """See `Rewrite`.
+
+        Raises:
+            RewriteError: a factor that is not positive, or a network that takes no images.
+        """
+        root = sites[()]
+        shape = getattr(root.inputs[0], "shape", ()) if root.inputs else ()
+        if len(shape) != 4 or not 0 < self.factor < math.inf:
+            raise RewriteError(
+                f"resolution cannot be scaled by {self.factor} on an input of shape {tuple(shape)}; give a positive factor and a "
+                "network of images [batch, height, width, channels]"
+            )
+        return {(): AtResolution(root.module, self.factor)} if self.factor != 1 else {}
+
+    def carry(
+        self, path: Path, old: Mapping[str, jax.Array], new: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> Mapping[str, jax.Array]:
+        """All weights as they are."""
+        return {k: old[k] for k in new if k in old}
+
+

@@ -1,0 +1,306 @@
+"""Small networks, one for each way in which channels may hang together."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nnopt.layers import Conv
+
+
+class Plain(nn.Module):
+    """Convolution, batch norm, ReLU, convolution."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="first")(x)
+        x = nn.relu(nn.BatchNorm(not train, name="norm")(x))
+        x = nn.Conv(6, (3, 3), name="second")(x)
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Residual(nn.Module):
+    """Two blocks on one stream."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="stem")(x)
+        for i in range(2):
+            y = nn.relu(nn.BatchNorm(not train, name=f"norm{i}")(x))
+            y = nn.relu(nn.Conv(12, (3, 3), name=f"up{i}")(y))
+            x = x + nn.Conv(8, (3, 3), name=f"down{i}")(y)
+        return nn.Dense(5, name="head")(x.max((1, 2)))
+
+
+class Block(nn.Module):
+    """Decides by its own field whether it needs a projection."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.Conv(self.features, (3, 3), name="first")(x)
+        y = nn.relu(nn.BatchNorm(not train, name="norm")(y))
+        y = nn.Conv(self.features, (3, 3), name="second")(y)
+        if x.shape[-1] != self.features:
+            x = nn.Conv(self.features, (1, 1), name="project")(x)
+        return nn.relu(x + y)
+
+
+class Blocks(nn.Module):
+    """Blocks with and without projections."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="stem")(x)
+        for i, width in enumerate((8, 12, 12)):
+            x = Block(width, name=f"block{i}")(x, train)
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class DenseConcat(nn.Module):
+    """Every layer reads what all before it have made."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="stem")(x)
+        for i in range(3):
+            y = nn.relu(nn.BatchNorm(not train, name=f"norm{i}")(x))
+            x = jnp.concatenate([x, nn.Conv(4, (3, 3), name=f"layer{i}")(y)], -1)
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Grouped(nn.Module):
+    """A convolution in two groups."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(12, (3, 3), name="first")(x))
+        x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=2, name="grouped")(x))
+        x = nn.Conv(6, (1, 1), name="last")(x)
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Depthwise(nn.Module):
+    """Depthwise separable, with two filters for each channel."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(8, (1, 1), name="first")(x))
+        x = nn.relu(Conv(16, (3, 3), feature_group_count=8, name="depthwise")(x))
+        x = nn.relu(Conv(16, (3, 3), feature_group_count=16, name="again")(x))
+        x = nn.Conv(6, (1, 1), name="last")(x)
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class SqueezeExcite(nn.Module):
+    """Channels scaled by what all of them say."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(8, (3, 3), name="first")(x))
+        s = nn.relu(nn.Dense(4, name="squeeze")(x.mean((1, 2))))
+        x = x * nn.sigmoid(nn.Dense(x.shape[-1], name="excite")(s))[:, None, None]
+        return nn.Dense(5, name="head")(nn.Conv(6, (3, 3), name="last")(x).mean((1, 2)))
+
+
+class Split(nn.Module):
+    """A gated linear unit: one half gates the other."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(16, (3, 3), name="first")(x)
+        a, b = jnp.split(x, 2, -1)
+        x = nn.Conv(6, (1, 1), name="last")(a * nn.sigmoid(b))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Chunk(nn.Module):
+    """Quarters by slicing, put together in another order."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(16, (3, 3), name="first")(x)
+        n = x.shape[-1] // 4
+        parts = [x[..., i * n : (i + 1) * n] for i in (2, 0, 3)]
+        x = nn.Conv(6, (1, 1), name="last")(jnp.concatenate(parts, -1))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Flatten(nn.Module):
+    """Images flattened into a dense layer."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(6, (3, 3), strides=2, name="first")(x))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.Dense(10, name="dense")(x.reshape(x.shape[0], -1)))
+        return nn.Dense(5, name="head")(x)
+
+
+class Shared(nn.Module):
+    """One convolution called twice, which ties what it takes to what it makes."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="stem")(x)
+        again = nn.Conv(8, (3, 3), name="again")
+        x = nn.relu(again(nn.relu(again(x))))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Attention(nn.Module):
+    """Flax's multi-head attention over positions."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(12, (2, 2), strides=2, name="patches")(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=16, name="attention")(x)
+        x = x + nn.Dense(12, name="out")(nn.gelu(nn.Dense(24, name="hidden")(x)))
+        return nn.Dense(5, name="head")(x.mean(1))
+
+
+class OwnAttention(nn.Module):
+    """Attention written by hand, heads split off by reshaping."""
+
+    heads: int = 2
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (2, 2), strides=2, name="patches")(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        q, k, v = (nn.Dense(8, name=n)(x).reshape(*x.shape[:2], self.heads, -1) for n in "qkv")
+        weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        x = x + nn.Dense(x.shape[-1], name="out")(y.reshape(*y.shape[:2], -1))
+        return nn.Dense(5, name="head")(x.mean(1))
+
+
+class UNet(nn.Module):
+    """Down, up, and what was there before put beside it."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        a = nn.relu(nn.Conv(6, (3, 3), name="down")(x))
+        b = nn.relu(nn.Conv(10, (3, 3), strides=2, name="lower")(a))
+        up = nn.relu(nn.ConvTranspose(6, (2, 2), strides=(2, 2), name="up")(b))
+        x = nn.Conv(7, (3, 3), name="join")(jnp.concatenate([a, up], -1))
+        return nn.Dense(5, name="head")(nn.relu(x).mean((1, 2)))
+
+
+class Shuffle(nn.Module):
+    """Channels of two groups shuffled between grouped convolutions."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(8, (1, 1), name="first")(x))
+        x = nn.Conv(12, (3, 3), feature_group_count=2, name="grouped")(x)
+        b, h, w, c = x.shape
+        x = x.reshape(b, h, w, 2, c // 2).swapaxes(3, 4).reshape(b, h, w, c)
+        x = nn.relu(nn.Conv(8, (1, 1), feature_group_count=2, name="again")(x))
+        return nn.Dense(5, name="head")(nn.Conv(6, (1, 1), name="last")(x).mean((1, 2)))
+
+
+class PaddedShortcut(nn.Module):
+    """New channels of the stream are zeros put beside the old ones."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(6, (3, 3), name="stem")(x))
+        y = nn.relu(nn.Conv(14, (3, 3), name="inner")(x))
+        y = nn.Conv(10, (3, 3), name="wide")(y)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (2, 2))) + y
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Branches(nn.Module):
+    """Inception: branches with pooling, put side by side."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="stem")(x)
+        a = nn.Conv(4, (1, 1), name="one")(x)
+        b = nn.Conv(6, (3, 3), name="three")(nn.relu(nn.Conv(5, (1, 1), name="before")(x)))
+        c = nn.Conv(4, (1, 1), name="pooled")(nn.avg_pool(x, (3, 3), padding="SAME"))
+        x = nn.relu(jnp.concatenate([a, b, c], -1))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Gating(nn.Module):
+    """Two ways multiplied, as a setup-style module with a list."""
+
+    def setup(self):
+        self.ways = [nn.Conv(8, (3, 3)) for _ in range(2)]
+        self.head = nn.Sequential([nn.Dense(9), nn.tanh, nn.Dense(5)])
+
+    def __call__(self, x, train=False):
+        a, b = (way(x) for way in self.ways)
+        return self.head((a * nn.silu(b)).mean((1, 2)))
+
+
+class Sequence(nn.Module):
+    """One-dimensional convolutions on what images are flattened to, inside of `nn.remat`."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        for i, width in enumerate((6, 10)):
+            x = nn.relu(nn.remat(nn.Conv)(width, (3,), strides=2, name=f"conv{i}")(x))
+        return nn.DenseGeneral(5, axis=-1, name="head")(x.mean(1))
+
+
+class Prelu(nn.Module):
+    """An activation with a weight for each channel, and a scale that the network holds itself."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="first")(x)
+        slope = self.param("slope", nn.initializers.constant(0.2), (x.shape[-1],))
+        x = jnp.where(x > 0, x, slope * x)
+        return nn.Dense(5, name="head")(nn.Conv(6, (3, 3), name="last")(x).mean((1, 2)))
+
+
+EXACT = (
+    Plain(), Residual(), Blocks(), DenseConcat(), Grouped(), Depthwise(), SqueezeExcite(), Split(), Chunk(), Flatten(), Shared(),
+    Attention(), OwnAttention(), UNet(), Shuffle(), PaddedShortcut(), Branches(), Gating(), Sequence(), Prelu(),
+)  # fmt: skip
+
+
+class Norms(nn.Module):
+    """Means over channels: exact pruning must leave those alone, and can prune what is inside."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.LayerNorm(name="layer")(nn.Conv(8, (3, 3), name="first")(x))
+        x = nn.Conv(8, (3, 3), name="second")(nn.relu(x))
+        x = nn.GroupNorm(2, name="group")(x)
+        x = nn.Conv(6, (3, 3), name="third")(nn.relu(x))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class ByNumber(nn.Module):
+    """Takes channels by number, sorts them, and keeps a Fourier transform: what no rule can follow."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="first")(x)
+        x = x[..., jnp.array([0, 3, 5])]
+        x = nn.Conv(6, (3, 3), name="second")(x)
+        x = jnp.sort(x, -1)
+        x = nn.Conv(8, (3, 3), name="third")(x)
+        x = jnp.abs(jnp.fft.fft(x, axis=-1)).astype(jnp.float32)
+        x = nn.relu(nn.Conv(7, (3, 3), name="fourth")(x))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Fixed(nn.Module):
+    """Numbers of channels written into the code."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="first")(x)
+        x = x.reshape(*x.shape[:3], 2, 4).mean(-1)
+        return nn.Dense(5, name="head")(nn.Conv(6, (3, 3), name="last")(x).mean((1, 2)))
+
+
+IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
