@@ -1,6 +1,7 @@
 """The mechanism: sites, selectors, one primitive that stands modules in for others, rewrites, and their records."""
 
 from nnopt.core.carry import CarryReport, carry
+from nnopt.core.channels import ChannelGroup, ChannelGroups, channel_groups
 from nnopt.core.dataflow import Dataflow, Equation, ResidualAdd, ResidualBlocks
 from nnopt.core.example import Example
 from nnopt.core.fingerprint import fingerprint
@@ -16,6 +17,8 @@ __all__ = [
     "At",
     "Call",
     "CarryReport",
+    "ChannelGroup",
+    "ChannelGroups",
     "Dataflow",
     "Equation",
     "Exactly",
@@ -36,6 +39,7 @@ __all__ = [
     "Under",
     "base_of",
     "carry",
+    "channel_groups",
     "diff",
     "fingerprint",
     "from_record",

@@ -172,17 +172,117 @@ def unknown(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Seque
     return [Axes.whole(shape) for shape in _shapes(equation)]
 
 
-_ELEMENTWISE = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj "
-    "convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag "
-    "integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or "
-    "platform_index population_count pow random_gamma real reduce_precision rem round rsqrt select_n shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor name pvary "
-    "sharding_constraint device_put"
-).split()
+_ELEMENTWISE = [
+    "abs",
+    "acos",
+    "acosh",
+    "add",
+    "add_any",
+    "and",
+    "asin",
+    "asinh",
+    "atan",
+    "atan2",
+    "atanh",
+    "bessel_i0e",
+    "bessel_i1e",
+    "cbrt",
+    "ceil",
+    "clamp",
+    "clz",
+    "conj",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "cos",
+    "cosh",
+    "digamma",
+    "div",
+    "eq",
+    "erf",
+    "erf_inv",
+    "erfc",
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "ge",
+    "gt",
+    "igamma",
+    "igammac",
+    "imag",
+    "integer_pow",
+    "is_finite",
+    "le",
+    "lgamma",
+    "log",
+    "log1p",
+    "logistic",
+    "lt",
+    "max",
+    "min",
+    "mul",
+    "ne",
+    "neg",
+    "nextafter",
+    "not",
+    "optimization_barrier",
+    "or",
+    "platform_index",
+    "population_count",
+    "pow",
+    "random_gamma",
+    "real",
+    "reduce_precision",
+    "rem",
+    "round",
+    "rsqrt",
+    "select_n",
+    "shift_left",
+    "shift_right_arithmetic",
+    "shift_right_logical",
+    "sign",
+    "sin",
+    "sinh",
+    "sqrt",
+    "square",
+    "stop_gradient",
+    "sub",
+    "tan",
+    "tanh",
+    "xor",
+    "name",
+    "pvary",
+    "sharding_constraint",
+    "device_put",
+]
 _KEEPS_ZERO = frozenset(
-    "abs add add_any convert_element_type copy copy_p mul neg reduce_precision sign sin sqrt square stop_gradient sub tan tanh "
-    "transpose reshape broadcast_in_dim squeeze expand_dims rev integer_pow".split()
+    [
+        "abs",
+        "add",
+        "add_any",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "mul",
+        "neg",
+        "reduce_precision",
+        "sign",
+        "sin",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "transpose",
+        "reshape",
+        "broadcast_in_dim",
+        "squeeze",
+        "expand_dims",
+        "rev",
+        "integer_pow",
+    ]
 )
 """Operations that make zeros of zeros."""
 
@@ -277,7 +377,9 @@ def _regrouped(ties: Ties, array: Axes, before: list[int], after: list[int]) -> 
     sizes = [array.shape[a] for a in before]
     if not moving:
         # What was repeated as often as the network wanted is as long as it wants.
-        free = len(after) == 1 and any(array.labels[a] is None and array.shape[a] > 1 for a in before)
+        free = len(after) == 1 and any(
+            array.labels[a] is None and array.shape[a] > 1 for a in before
+        )
         return [None if free or n == 1 else np.zeros(n, np.int64) for n in after]
     for axis in moving[:-1]:
         ties.keep(array, axis, None)

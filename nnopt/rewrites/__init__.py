@@ -5,6 +5,35 @@ from nnopt.layers import AddGate, AddTap
 from nnopt.rewrites.block import Genotype, ReplaceBlock
 from nnopt.rewrites.choice import CODE_CHOICES, PAPER_CHOICES, Choice, Groups, S, choice
 from nnopt.rewrites.genotype import load_genotype, save_genotype
+from nnopt.rewrites.importance import (
+    at_random,
+    batch_norm_scale,
+    by_group,
+    channel_gradients,
+    fisher,
+    gated,
+    magnitude,
+    taylor,
+)
+from nnopt.rewrites.prune import (
+    combined,
+    masked,
+    parameters_without,
+    prunable,
+    prune,
+    removed_by,
+    weakest,
+)
+from nnopt.rewrites.resize import Extent, Resize
+from nnopt.rewrites.skeleton import (
+    Bottleneck,
+    ScaleDepth,
+    ScaleProfile,
+    ScaleResolution,
+    ScaleWidth,
+    inner_groups,
+    resize_groups,
+)
 from nnopt.rewrites.structural import Configure, LowerGroupedConvs, Replace
 
 __all__ = [
@@ -12,21 +41,45 @@ __all__ = [
     "PAPER_CHOICES",
     "AddGate",
     "AddTap",
+    "Bottleneck",
     "Choice",
     "Configure",
+    "Extent",
     "Genotype",
     "Groups",
     "Keeps",
     "LowerGroupedConvs",
     "Replace",
     "ReplaceBlock",
+    "Resize",
     "Rewrite",
     "S",
+    "ScaleDepth",
+    "ScaleProfile",
+    "ScaleResolution",
+    "ScaleWidth",
+    "at_random",
+    "batch_norm_scale",
+    "by_group",
     "carry",
+    "channel_gradients",
     "choice",
+    "combined",
+    "fisher",
+    "gated",
     "history",
+    "inner_groups",
     "load_genotype",
+    "magnitude",
+    "masked",
+    "parameters_without",
+    "prunable",
+    "prune",
+    "removed_by",
     "replay",
+    "resize_groups",
     "rewrite",
     "save_genotype",
+    "taylor",
+    "weakest",
 ]

@@ -63,7 +63,7 @@ def prune(groups: ChannelGroups, removed: Removed, *, exact: bool = True) -> Res
 def _checked(group: ChannelGroup, channels: Sequence[int], exact: bool) -> np.ndarray:
     """`[channels]`, whether each goes."""
     index = np.asarray(channels, np.int64)
-    if index.size and not (0 <= index.min() and index.max() < group.size):
+    if index.size and not (index.min() >= 0 and index.max() < group.size):
         raise RewriteError(
             f"{group.name!r} has channels 0 to {group.size - 1}, not {index.max() if index.min() >= 0 else index.min()}"
         )

@@ -314,5 +314,3 @@ class ScaleResolution(Rewrite):
     ) -> Mapping[str, jax.Array]:
         """All weights as they are."""
         return {k: old[k] for k in new if k in old}
-
-
