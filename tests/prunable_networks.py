@@ -221,7 +221,7 @@ class Branches(nn.Module):
         x = nn.Conv(8, (3, 3), name="stem")(x)
         a = nn.Conv(4, (1, 1), name="one")(x)
         b = nn.Conv(6, (3, 3), name="three")(nn.relu(nn.Conv(5, (1, 1), name="before")(x)))
-        c = nn.Conv(4, (1, 1), name="pooled")(nn.avg_pool(x, (3, 3), padding="SAME"))
+        c = nn.Conv(4, (1, 1), name="pooled")(nn.max_pool(x, (3, 3), padding="SAME"))
         x = nn.relu(jnp.concatenate([a, b, c], -1))
         return nn.Dense(5, name="head")(x.mean((1, 2)))
 
@@ -256,7 +256,7 @@ class Prelu(nn.Module):
     def __call__(self, x, train=False):
         x = nn.Conv(8, (3, 3), name="first")(x)
         slope = self.param("slope", nn.initializers.constant(0.2), (x.shape[-1],))
-        x = jnp.where(x > 0, x, slope * x)
+        x = jnp.where(x > 0, x, slope[None, None, None] * x)
         return nn.Dense(5, name="head")(nn.Conv(6, (3, 3), name="last")(x).mean((1, 2)))
 
 

@@ -48,7 +48,9 @@ def variables_of(net, example=IMAGES, key=KEY):
     leaves, structure = jax.tree.flatten(made)
     keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
     drawn = [
-        jax.random.uniform(k, leaf.shape, leaf.dtype, 0.3, 1.5) if leaf.ndim == 1 else leaf
+        jax.random.uniform(k, leaf.shape, leaf.dtype, 0.3, 1.5)
+        if not leaf.any() or leaf.ndim == 1
+        else leaf
         for k, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, drawn)
@@ -215,7 +217,7 @@ def test_unknown_operations_keep_what_they_touch_and_are_reported():
 
 def test_numbers_written_into_the_code_are_an_error_with_the_place():
     groups = channel_groups(networks.Fixed(), IMAGES)
-    with pytest.raises(RewriteError, match="Fixed does not run at these widths: .*reshape"):
+    with pytest.raises(RewriteError, match=r"Fixed does not run at these widths: .*reshape"):
         rewrite(networks.Fixed(), prune(groups, {"first": [0]}, exact=False), example=IMAGES)
 
 
@@ -294,36 +296,39 @@ def mean_cross_entropy(outputs, labels):
 def test_fisher_and_taylor_are_derivatives_of_kernels(name):
     """Scaling a channel where it is read is scaling the slices of the kernels that read it: one image at a time, no gate needed."""
     net = BY_NAME[name]
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        images = jnp.asarray(jax.random.normal(KEY, (4, *IMAGES.shape[1:])), jnp.float64)
-        labels = jnp.array([0, 3, 1, 3])
-        variables = jax.tree.map(lambda a: a.astype(jnp.float64), variables_of(net))
-        groups = channel_groups(net, Example(images))
-        gradients = channel_gradients(groups, [images], labels, variables, mean_cross_entropy)
-        for group in groups.values():
-            readers = [m for m in group.members if m not in group.makers and m.leaf[-1] == "kernel"]
+    images = jax.random.normal(KEY, (4, *IMAGES.shape[1:]))
+    labels = jnp.array([0, 3, 1, 3])
+    variables = variables_of(net)
+    groups = channel_groups(net, Example(images))
+    gradients = channel_gradients(groups, [images], labels, variables, mean_cross_entropy)
+    for group in groups.values():
+        readers = [m for m in group.members if m not in group.makers and m.leaf[-1] == "kernel"]
 
-            def loss(factors, image, label, readers=readers):
-                flat = dict(variables["params"])
-                for m in readers:
-                    array = flat[m.leaf[1]][m.leaf[2]]
-                    vector = jnp.ones(array.shape[m.axis]).at[m.indices].set(factors[m.channels])
-                    shape = [1] * array.ndim
-                    shape[m.axis] = -1
-                    flat[m.leaf[1]] = {**flat[m.leaf[1]], m.leaf[2]: array * vector.reshape(shape)}
-                out = net.apply({**variables, "params": flat}, image[None])
-                return mean_cross_entropy(out, label[None]) / 4
+        def loss(factors, image, label, readers=readers):
+            flat = dict(variables["params"])
+            for m in readers:
+                array = flat[m.leaf[1]][m.leaf[2]]
+                vector = jnp.ones(array.shape[m.axis]).at[m.indices].set(factors[m.channels])
+                shape = [1] * array.ndim
+                shape[m.axis] = -1
+                flat[m.leaf[1]] = {**flat[m.leaf[1]], m.leaf[2]: array * vector.reshape(shape)}
+            out = net.apply({**variables, "params": flat}, image[None])
+            return mean_cross_entropy(out, label[None]) / 4
 
-            if name == "Depthwise" and group.name == "first":
-                continue  # a depthwise kernel makes the channel that it reads
-            wanted = [jax.grad(loss)(jnp.ones(group.size), i, y) for i, y in zip(images, labels, strict=True)]  # fmt: skip
-            np.testing.assert_allclose(gradients[:, group.units], np.stack(wanted), rtol=1e-8, atol=1e-12)  # fmt: skip
-        np.testing.assert_allclose(fisher(gradients), 0.5 * (np.asarray(gradients) ** 2).mean(0))
-        np.testing.assert_allclose(taylor(gradients), np.abs(np.asarray(gradients).sum(0)))
+        if name == "Depthwise" and group.name == "first":
+            continue  # a depthwise kernel makes the channel that it reads
+        wanted = [jax.grad(loss)(jnp.ones(group.size), i, y) for i, y in zip(images, labels, strict=True)]  # fmt: skip
+        np.testing.assert_allclose(gradients[:, group.units], np.stack(wanted), rtol=1e-4, atol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+        fisher(gradients), 0.5 * (np.asarray(gradients) ** 2).mean(0), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        taylor(gradients), np.abs(np.asarray(gradients).sum(0)), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_fisher_is_at_the_probe_of_the_paper():
-    """In a wide residual network: what the second convolution of a block reads (facts of arXiv:1810.04622, its code)."""
+    """In a wide residual network: what the second convolution of a block reads."""
     net = named("wrn-16-1", 10)
     images = jax.random.normal(KEY, (3, 16, 16, 3))
     labels = jnp.array([1, 2, 3])
@@ -333,10 +338,12 @@ def test_fisher_is_at_the_probe_of_the_paper():
     gradients = channel_gradients(groups, [images], labels, variables, mean_cross_entropy)
     name = "stage2_block1/conv1"
 
+    captured = []
+
     def loss(probe):
         def add(next_fun, args, kwargs, context):
             if context.module.path == ("stage2_block1", "conv2"):
-                seen.append(args[0])
+                captured.append(args[0])
                 args = (args[0] + probe,)
             return next_fun(*args, **kwargs)
 
@@ -344,22 +351,10 @@ def test_fisher_is_at_the_probe_of_the_paper():
             out, _ = net.apply(variables, images, train=True, mutable=["batch_stats"])
         return mean_cross_entropy(out, labels)
 
-    seen = []
     gradient = jax.grad(loss)(jnp.zeros((3, 8, 8, 32)))
-    activation = net.apply(variables, images, train=True, mutable=["batch_stats"], capture_intermediates=False)  # fmt: skip
-    assert activation is not None
-    act = jax.lax.stop_gradient(seen[0]) if not isinstance(seen[0], jax.core.Tracer) else None
-    if act is None:
-        captured = []
-
-        def look(next_fun, args, kwargs, context):
-            if context.module.path == ("stage2_block1", "conv2"):
-                captured.append(args[0])
-            return next_fun(*args, **kwargs)
-
-        with nn.intercept_methods(look):
-            net.apply(variables, images, train=True, mutable=["batch_stats"])
-        act = captured[0]
+    captured.clear()
+    loss(jnp.zeros((3, 8, 8, 32)))
+    (act,) = captured
     wanted = 0.5 * (np.asarray((act * gradient).sum((1, 2))) ** 2).mean(0)
     np.testing.assert_allclose(fisher(gradients)[groups[name].units], wanted, rtol=2e-3)
 
@@ -424,8 +419,7 @@ def test_a_budget_is_met_and_hardly_more(blocks):
     assert cost(weakest(groups, scores, budget=limit, cost=cost)) <= limit
 
 
-def test_removals_add_up(blocks):
-    _, groups, _ = blocks
+def test_removals_add_up():
     assert combined({"a": [2, 0]}, {"a": [1], "b": [4]}) == {"a": [0, 1, 2], "b": [4]}
 
 
@@ -472,8 +466,9 @@ def test_a_rule_for_another_network_says_so(blocks):
     rule = prune(groups, {"block0/first": [0]})
     with pytest.raises(RewriteError, match="Plain has a variable 'params/block0/first"):
         rewrite(BY_NAME["Plain"], rule, example=IMAGES)
+    empty = dataclasses.replace(rule, extents=(dataclasses.replace(rule.extents[0], size=0),))
     with pytest.raises(RewriteError, match="keep at least one channel"):
-        rewrite(BY_NAME["Blocks"], dataclasses.replace(rule, extents=(dataclasses.replace(rule.extents[0], size=0),)), example=IMAGES)  # fmt: skip
+        rewrite(BY_NAME["Blocks"], empty, example=IMAGES)
 
 
 # --- masks ---

@@ -49,7 +49,7 @@ class RankingCommand:
     """Whose networks."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only 300 networks of each benchmark instead of all 4,000 and 2,000 of the tables."""
-    batch: int = 32
+    batch: int = 16
     """Images in the minibatch. Scores compare only at equal batch."""
     seed: int = 0
     """Seed of the minibatch and of the weights."""

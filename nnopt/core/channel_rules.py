@@ -172,118 +172,22 @@ def unknown(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Seque
     return [Axes.whole(shape) for shape in _shapes(equation)]
 
 
-_ELEMENTWISE = [
-    "abs",
-    "acos",
-    "acosh",
-    "add",
-    "add_any",
-    "and",
-    "asin",
-    "asinh",
-    "atan",
-    "atan2",
-    "atanh",
-    "bessel_i0e",
-    "bessel_i1e",
-    "cbrt",
-    "ceil",
-    "clamp",
-    "clz",
-    "conj",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "cos",
-    "cosh",
-    "digamma",
-    "div",
-    "eq",
-    "erf",
-    "erf_inv",
-    "erfc",
-    "exp",
-    "exp2",
-    "expm1",
-    "floor",
-    "ge",
-    "gt",
-    "igamma",
-    "igammac",
-    "imag",
-    "integer_pow",
-    "is_finite",
-    "le",
-    "lgamma",
-    "log",
-    "log1p",
-    "logistic",
-    "lt",
-    "max",
-    "min",
-    "mul",
-    "ne",
-    "neg",
-    "nextafter",
-    "not",
-    "optimization_barrier",
-    "or",
-    "platform_index",
-    "population_count",
-    "pow",
-    "random_gamma",
-    "real",
-    "reduce_precision",
-    "rem",
-    "round",
-    "rsqrt",
-    "select_n",
-    "shift_left",
-    "shift_right_arithmetic",
-    "shift_right_logical",
-    "sign",
-    "sin",
-    "sinh",
-    "sqrt",
-    "square",
-    "stop_gradient",
-    "sub",
-    "tan",
-    "tanh",
-    "xor",
-    "name",
-    "pvary",
-    "sharding_constraint",
-    "device_put",
-]
+_ELEMENTWISE = (
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e",
+    "cbrt", "ceil", "clamp", "clz", "conj", "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq",
+    "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow",
+    "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
+    "optimization_barrier", "or", "platform_index", "population_count", "pow", "random_gamma", "real", "reduce_precision", "rem",
+    "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
+    "square", "stop_gradient", "sub", "tan", "tanh", "xor", "name", "pvary", "sharding_constraint", "device_put",
+)  # fmt: skip
 _KEEPS_ZERO = frozenset(
-    [
-        "abs",
-        "add",
-        "add_any",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "mul",
-        "neg",
-        "reduce_precision",
-        "sign",
-        "sin",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "transpose",
-        "reshape",
-        "broadcast_in_dim",
-        "squeeze",
-        "expand_dims",
-        "rev",
-        "integer_pow",
-    ]
-)
+    (
+        "abs", "add", "add_any", "convert_element_type", "copy", "copy_p", "mul", "neg", "reduce_precision", "sign", "sin", "sqrt",
+        "square", "stop_gradient", "sub", "tan", "tanh", "transpose", "reshape", "broadcast_in_dim", "squeeze", "expand_dims",
+        "rev", "integer_pow",
+    )
+)  # fmt: skip
 """Operations that make zeros of zeros."""
 
 
@@ -409,7 +313,9 @@ def _rev(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence
     return [Axes(inputs[0].shape, labels, inputs[0].weights)]
 
 
-@rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin")  # fmt: skip
+@rule(
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin"
+)  # fmt: skip
 def _reduce(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     note = _note(equation, "runs over channels, so what stays changes when one goes")
     axes = equation.params["axes"]
@@ -522,7 +428,10 @@ def _pad(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence
     return [Axes(shape, tuple(labels))]
 
 
-@rule("iota", "random_bits", "random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split", "threefry2x32", "random_clone")  # fmt: skip
+@rule(
+    "iota", "random_bits", "random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split", "threefry2x32",
+    "random_clone",
+)  # fmt: skip
 def _made(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     if equation.primitive.name in ("random_bits", "threefry2x32"):
         return [Axes.free(shape) for shape in _shapes(equation)]

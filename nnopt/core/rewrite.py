@@ -154,29 +154,76 @@ def rewrite_traced(before: Sites, *rules: Rewrite) -> nn.Module:
         if not edits:
             continue
         _check_edits(rule, edits, before)
-        base, patch, steps = _parts(net)
-        edits = {p: follow(m, before[p].module, patch.get(p), rule.pins) for p, m in edits.items()}
-        kept = {
-            p: m for p, m in patch.items() if p in edits or not any(_above(e, p) for e in edits)
-        }
-        shadowed = {p: m for p, m in patch.items() if p not in kept}
-        # Edits of an earlier rule below a new one survive if the new stand-in still calls what they edit.
-        trace = Trace(Patched(base, Patch({**kept, **shadowed, **edits})), example)
+        attempted = attempt(before, edits, rule.pins)
+        edits, trace = attempted.edits, attempted.trace
         _check_result(rule, edits, before, trace)
-        stood_in = trace.recorder.stood_in
-        unreached = [p for p in (*kept, *edits) if p not in stood_in]
-        if unreached:
+        if attempted.unreached:
             raise RewriteError(
-                f"{_one_line(rule)} edits {path_text(unreached[0])!r}, but the rewritten network never calls what stands there; "
-                "edit the module around it instead"
+                f"{_one_line(rule)} edits {path_text(attempted.unreached[0])!r}, but the rewritten network never calls what stands "
+                "there; edit the module around it instead"
             )
-        living = Patch({**kept, **{p: m for p, m in shadowed.items() if p in stood_in}, **edits})
-        print_ = fingerprint(Patched(base, living))
+        living = attempted.living
+        print_ = fingerprint(Patched(base_of(net), living))
         step = Step(rule, example, tuple(edits), print_, living)
-        net = Patched(base, living, Steps((*steps, step)))
+        net = Patched(base_of(net), living, Steps((*history(net), step)))
         after = trace.sites()
         before = Sites(net, example, after.outputs, after.variables, after)
     return net
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What edits lead to, whether it works or not.
+
+    Attributes:
+        edits: as they stand: what they leave alone is bound to the network.
+        kept: what earlier rules put elsewhere, or at the same places.
+        shadowed: what earlier rules put below the edits.
+        trace: the run.
+    """
+
+    edits: dict[Path, nn.Module]
+    kept: dict[Path, nn.Module]
+    shadowed: dict[Path, nn.Module]
+    trace: Trace
+
+    @property
+    def net(self) -> nn.Module:
+        """The network that was run."""
+        return self.trace.net
+
+    @property
+    def living(self) -> Patch:
+        """Everything that stands in it."""
+        stood_in = self.trace.recorder.stood_in
+        below = {p: m for p, m in self.shadowed.items() if p in stood_in}
+        return Patch({**self.kept, **below, **self.edits})
+
+    @property
+    def unreached(self) -> list[Path]:
+        """Edited paths at which the network calls nothing."""
+        stood_in = self.trace.recorder.stood_in
+        return [p for p in (*self.kept, *self.edits) if p not in stood_in]
+
+
+def attempt(before: Sites, edits: Edits, pins: frozenset[str] = frozenset()) -> Attempt:
+    """Runs a network with edits, and raises nothing whatever becomes of it.
+
+    Args:
+        before: all sites of the network.
+        edits: path -> what shall stand there.
+        pins: see `Rewrite.pins`.
+    """
+    base = base_of(before.net)
+    patch = before.net.patch if isinstance(before.net, Patched) else Patch({})
+    standing = {p: follow(m, before[p].module, patch.get(p), pins) for p, m in edits.items()}
+    kept = {
+        p: m for p, m in patch.items() if p in standing or not any(_above(e, p) for e in standing)
+    }
+    # Edits of an earlier rule below a new one survive if the new stand-in still calls what they edit.
+    shadowed = {p: m for p, m in patch.items() if p not in kept}
+    trace = Trace(Patched(base, Patch({**kept, **shadowed, **standing})), before.example)
+    return Attempt(standing, kept, shadowed, trace)
 
 
 def history(net: nn.Module) -> tuple[Step, ...]:
@@ -205,12 +252,6 @@ def replay(base: nn.Module, steps: Iterable[Step]) -> nn.Module:
 def base_of(net: nn.Module) -> nn.Module:
     """The network as its author wrote it."""
     return net.base if isinstance(net, Patched) else net
-
-
-def _parts(net: nn.Module) -> tuple[nn.Module, Patch, Steps]:
-    if isinstance(net, Patched):
-        return net.base, net.patch, net.steps
-    return net, Patch({}), Steps()
 
 
 def _above(ancestor: Path, path: Path) -> bool:

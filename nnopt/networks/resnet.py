@@ -131,6 +131,7 @@ class ResNet(nn.Module):
         stem: `"cifar"` is a 3x3 convolution; `"imagenet"` a 7x7 one with stride 2 and then a
             3x3 max-pool with stride 2.
         widths: channels of each stage's output.
+        stem_features: channels of the stem.
         final_norm: whether a normalisation and a ReLU precede the global mean, as pre-activation
             networks have them in He et al. (not in BlockSwap).
     """
@@ -140,6 +141,7 @@ class ResNet(nn.Module):
     num_classes: int = 10
     stem: Stem = "cifar"
     widths: Sequence[int] = (64, 128, 256, 512)
+    stem_features: int = 64
     final_norm: bool = False
 
     @nn.compact
@@ -150,9 +152,9 @@ class ResNet(nn.Module):
             ValueError: the stem is neither `"cifar"` nor `"imagenet"`.
         """
         if self.stem == "imagenet":
-            x = conv7x7(64, strides=2, name="stem")(x)
+            x = conv7x7(self.stem_features, strides=2, name="stem")(x)
         elif self.stem == "cifar":
-            x = conv3x3(64, name="stem")(x)
+            x = conv3x3(self.stem_features, name="stem")(x)
         else:
             raise ValueError(f"ResNet: stem must be 'cifar' or 'imagenet', not {self.stem!r}")
         x = nn.relu(batch_norm(use_running_average=not train, name="stem_norm")(x))

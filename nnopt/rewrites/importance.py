@@ -16,20 +16,19 @@ from nnopt.core.channels import ChannelGroups, Member
 from nnopt.core.flatten import Value
 from nnopt.errors import UnsupportedNetworkError
 from nnopt.rewrites.prune import Scores
-from nnopt.typing import Path, Variables
+from nnopt.typing import Variables
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 """`(outputs, labels) -> scalar`, a mean over the batch."""
 
 
 def magnitude(groups: ChannelGroups, variables: Variables, order: Literal[1, 2] = 1) -> Scores:
-    """Norm of the filters that make a channel: sum of absolute weights (Li et al., https://arxiv.org/abs/1608.08710), or root of
-    the sum of their squares.
+    """Norm of the filters that make a channel (sum of absolute weights: Li et al., https://arxiv.org/abs/1608.08710).
 
     Args:
         groups: of the network.
         variables: its variables.
-        order: of the norm.
+        order: 1, or 2 for the root of the sum of squares.
     """
     flat = flatten_dict(dict(variables))
 
@@ -74,7 +73,7 @@ def at_random(groups: ChannelGroups, key: jax.Array) -> Scores:
 
 def gated(
     groups: ChannelGroups, arguments: list[jax.Array], variables: Variables, gates: jax.Array
-) -> tuple[list[Any], dict[Path, jax.Array]]:
+) -> tuple[list[Any], list[Any]]:
     """Runs the network with a factor on each channel of each image where weights read it; traceable.
 
     The derivative in a factor is `sum_positions a * dL/da`, over all places where the channel is read.
@@ -86,7 +85,7 @@ def gated(
         gates: `[batch, units]`, see `ChannelGroups.units`.
 
     Returns:
-        The network's outputs, flat, and its updated variables.
+        The leaves of the network's outputs, and those of its updated collections.
 
     Raises:
         UnsupportedNetworkError: weights read an array whose first axis is not the batch.
@@ -113,7 +112,7 @@ def gated(
             before[read.operand] = array * factors.reshape(shape).astype(array.dtype)
         known.update(zip(equation.outputs, equation.run(before), strict=True))
     outputs = [a.val if isinstance(a, jex.Literal) else known[a] for a in groups.flat.outputs]
-    return outputs[: groups.outputs], {}
+    return outputs[: groups.outputs], outputs[groups.outputs :]
 
 
 def channel_gradients(
@@ -142,8 +141,9 @@ def fisher(gradients: jax.Array) -> jax.Array:
 
 
 def taylor(gradients: jax.Array) -> jax.Array:
-    """First-order Taylor criterion, `|sum_n sum_positions a g|` (Molchanov et al., https://arxiv.org/abs/1611.06440): how much the
-    loss of the minibatch changes, to first order, if the channel goes.
+    """First-order Taylor criterion, `|sum_n sum_positions a g|` (Molchanov et al., https://arxiv.org/abs/1611.06440).
+
+    How much the loss of the minibatch changes, to first order, if the channel goes.
 
     Args:
         gradients: `[batch, units]`.

@@ -204,13 +204,11 @@ def weakest(
     names = list(scores)
     order = _order(groups, scores, names, scope)
     every = len(order)
-    if fraction is not None:
-        if not 0 <= fraction < 1:
-            raise BudgetError(
-                f"a fraction of {fraction} cannot be removed; give one from 0 to below 1"
-            )
-        count = round(fraction * every)
+    if fraction is not None and not 0 <= fraction < 1:
+        raise BudgetError(f"a fraction of {fraction} cannot be removed; give one from 0 to below 1")
     taken = _Taken(groups, names, order, multiple)
+    if fraction is not None:
+        count = min(round(fraction * every), taken.most)
     if count is not None:
         if not 0 <= count <= taken.most:
             raise BudgetError(

@@ -5,6 +5,7 @@ where a network decides by its own fields what to build (`if x.shape[-1] != self
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from nnopt.core import Dataflow, Rewrite, Site, Sites
 from nnopt.core.modules import configuration
 from nnopt.core.paths import as_path, path_text
-from nnopt.core.rewrite import rewrite_traced
+from nnopt.core.rewrite import attempt
 from nnopt.errors import RewriteError
 from nnopt.typing import Edits, Path
 
@@ -81,11 +83,18 @@ class Resize(Rewrite):
         problem = _problem(sites, edits, wanted)
         if problem is None:
             return edits
-        # A network that decides by its own fields what to build needs those to follow.
-        around = {**_enclosing(sites, edits), **edits}
-        if len(around) == len(edits) or (problem := _problem(sites, around, wanted)) is not None:
-            raise RewriteError(problem)
-        return around
+        # A network that decides by its own fields what to build needs those to follow, unless that makes it decide otherwise.
+        around = _enclosing(sites, edits)
+        while around:
+            if (problem := _problem(sites, {**around, **edits}, wanted)) is None:
+                return {**around, **edits}
+            guilty = [p for p in around if problem.path[: len(p)] == p]
+            if not guilty:
+                break
+            del around[max(guilty, key=len)]
+        raise RewriteError(
+            f"{type(sites.net).__name__} does not run at these widths: {problem.why}; leave the channels there as they are"
+        )
 
     def _shapes(self, sites: Sites, owners: Mapping[Path, Site]) -> dict[Path, tuple[int, ...]]:
         shapes: dict[Path, tuple[int, ...]] = {}
@@ -197,57 +206,39 @@ def _enclosing(sites: Sites, edits: Edits) -> Edits:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stand(Rewrite):
-    """Edits as they are, to see what they lead to."""
+class _Problem:
+    """Why an edited network is not the one with other shapes, and where."""
 
-    edits: tuple[tuple[Path, nn.Module], ...]
-    pinned: frozenset[str]
-
-    @property
-    def pins(self) -> frozenset[str]:
-        return self.pinned
-
-    def __call__(self, sites: Sites) -> Edits:
-        return dict(self.edits)
+    path: Path
+    why: str
 
 
-def _problem(sites: Sites, edits: Edits, wanted: Mapping[Path, tuple[int, ...]]) -> str | None:
-    """Why the edited network is not the network with these shapes; None if it is."""
-    from flax.traverse_util import flatten_dict
-
-    name = type(sites.net).__name__
-    try:
-        made = rewrite_traced(sites, _Stand(tuple(edits.items()), frozenset()))
-        specs = _specs(made, sites)
-    except RewriteError as error:
-        reason = str(error).split(": ", 1)[-1].split("; keep the output shape")[0]
-        return (
-            f"{name} does not run at these widths: {reason}; leave the channels there as they are"
-        )
-    old = flatten_dict(nn.meta.unbox(dict(sites.variables)))
+def _problem(sites: Sites, edits: Edits, wanted: Mapping[Path, tuple[int, ...]]) -> _Problem | None:
+    """What is wrong with the edited network: it must have these shapes, and compute what it did."""
+    tried = attempt(sites, edits)
+    trace = tried.trace
+    if trace.error is not None:
+        path = trace.recorder.failed or ()
+        reason = (str(trace.error).strip().splitlines() or [""])[0]
+        return _Problem(path, f"{path_text(path)!r} raises {type(trace.error).__name__}: {reason}")
+    if tried.unreached:
+        path = tried.unreached[0]
+        return _Problem(path, f"it does not call {path_text(path)!r} any more")
+    old, new = (_flat(v) for v in (sites.variables, trace.variables))
     for leaf, spec in old.items():
-        shape = wanted.get(leaf, spec.shape)
-        found = specs.get(leaf)
+        shape, found = wanted.get(leaf, spec.shape), new.get(leaf)
         if found is None or found.shape != shape:
-            return (
-                f"{path_text(leaf)!r} would have to become {shape} and becomes {found.shape if found else 'nothing'}; "
-                "leave the channels there as they are"
-            )
-    if extra := next((leaf for leaf in specs if leaf not in old), None):
-        return f"{name} builds {path_text(extra)!r} as well at these widths; leave the channels there as they are"
-    before, after = (Dataflow(n, sites.example).equations for n in (sites.net, made))
-    for a, b in zip(before, after, strict=False):
-        if a.primitive != b.primitive:
-            return (
-                f"{path_text(b.path)!r} computes something else at these widths ({b.primitive} instead of {a.primitive}); "
-                "leave the channels there as they are"
-            )
+            becomes = found.shape if found is not None else "nothing"
+            return _Problem(leaf[1:-1], f"{path_text(leaf)!r} {shape} becomes {becomes}")
+    if extra := next((leaf for leaf in new if leaf not in old), None):
+        return _Problem(extra[1:-1], f"it has {path_text(extra)!r} as well")
+    before, after = (Dataflow(n, sites.example).equations for n in (sites.net, tried.net))
+    for a, b in itertools.zip_longest(before, after):
+        if a is None or b is None or a.primitive != b.primitive:
+            path = (b or a).path
+            return _Problem(path, f"{path_text(path)!r} computes something else")
     return None
 
 
-def _specs(net: nn.Module, sites: Sites) -> dict[Path, Any]:
-    from flax.traverse_util import flatten_dict
-
-    from nnopt.core.sites import sites as trace
-
-    return flatten_dict(nn.meta.unbox(dict(trace(net, sites.example).variables)))
+def _flat(variables: Any) -> dict[Path, Any]:
+    return flatten_dict(nn.meta.unbox(dict(variables)))

@@ -1,7 +1,7 @@
 """Scaling a network down: width, depth, resolution, and the inner width of its residual blocks.
 
-The alternatives to pruning (Crowley et al., "A Closer Look at Structured Pruning", https://arxiv.org/abs/1810.04622): smaller members
-of the same family, trained from scratch. Channels that belong together are found in the network's own program
+The alternatives to pruning (Crowley et al., "A Closer Look at Structured Pruning", https://arxiv.org/abs/1810.04622): smaller
+members of the same family, trained from scratch. Channels that belong together are found in the network's own program
 (`core.channels`), so the rules take any linen network. Weights are carried as far as they fit: a narrower network starts
 from the first channels of the wide one.
 """
