@@ -15,6 +15,7 @@ from nnopt.training.checkpoint import (
 )
 from nnopt.training.evaluation import Evaluator, evaluate, evaluate_test
 from nnopt.training.loop import Objective, Trainer, cross_entropy, train
+from nnopt.training.prune_and_tune import Pruner, PruneRecipe, PruneRow, PruneState
 from nnopt.training.recipe import (
     BLOCKSWAP,
     CLOSER_LOOK_DENSENET,
@@ -42,6 +43,10 @@ __all__ = [
     "EpochRow",
     "Evaluator",
     "Objective",
+    "PruneRecipe",
+    "PruneRow",
+    "PruneState",
+    "Pruner",
     "Recipe",
     "Schedule",
     "TrainResult",

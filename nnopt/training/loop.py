@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from nnopt.data import Augmentation, Dataset
+from nnopt.data import Dataset
 from nnopt.errors import DataError
 from nnopt.training.apply import ApplyEval, ApplyTrain, default_apply_eval, default_apply_train
 from nnopt.training.evaluation import Evaluator
@@ -106,7 +106,7 @@ class Trainer:
         )
         self._train_images = jnp.asarray(dataset.train_images)
         self._train_labels = jnp.asarray(dataset.train_labels)
-        step = _make_step(objective, self.optimizer, augmentation, dataset, self.steps_per_epoch)
+        step = _make_step(objective, self.optimizer, self._minibatch)
         self._step = jax.jit(step, donate_argnames=("state", "sums"))
         self._order = jax.jit(_order, static_argnames=("images", "batch"))
 
@@ -144,6 +144,32 @@ class Trainer:
             key=jnp.array(key),
         )
 
+    def order(self, key: Array, epoch: int) -> Array:
+        """The training images of an epoch of the run with this key: `[steps, batch]`, int32."""
+        return self._order(
+            key, np.int32(epoch), images=len(self._train_images), batch=self.recipe.batch
+        )
+
+    def minibatch(self, state: TrainState, order: Array) -> tuple[Array, Array]:
+        """The images, normalised and augmented, and labels of the step that comes next; traceable.
+
+        Args:
+            state: before the step.
+            order: of the step's epoch.
+        """
+        return self._minibatch(state, self._train_images, self._train_labels, order)[:2]
+
+    def _minibatch(
+        self, state: TrainState, images: Array, labels: Array, order: Array
+    ) -> tuple[Array, Array, Array]:
+        _, step_key = jax.random.split(state.key)
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(step_key, state.step))
+        chosen = order[state.step % self.steps_per_epoch]
+        black = self.dataset.normalize(jnp.zeros((1, 1, 1, 3), jnp.uint8)).reshape(3)
+        augmentation = self.recipe.augmentation
+        batch = augmentation(augment_key, self.dataset.normalize(images[chosen]), black)
+        return batch, labels[chosen], dropout_key
+
     def epoch(self, state: TrainState) -> int:
         """Whole epochs that `state` has behind it."""
         return int(state.step) // self.steps_per_epoch
@@ -160,9 +186,7 @@ class Trainer:
         """
         began = time.perf_counter()
         epoch = self.epoch(state)
-        order = self._order(
-            state.key, np.int32(epoch), images=len(self._train_images), batch=self.recipe.batch
-        )
+        order = self.order(state.key, epoch)
         sums = {"loss": jnp.zeros((), jnp.float32), "right": jnp.zeros((), jnp.int32)}
         for _ in range(self.steps_per_epoch):
             state, sums = self._step(
@@ -279,19 +303,12 @@ def _order(key: Array, epoch: Array, *, images: int, batch: int) -> Array:
 def _make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    augmentation: Augmentation,
-    dataset: Dataset,
-    steps_per_epoch: int,
+    minibatch: Callable[..., tuple[Array, Array, Array]],
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     def step(
         state: TrainState, sums: dict[str, Array], images: Array, labels: Array, order: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        _, step_key = jax.random.split(state.key)
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(step_key, state.step))
-        chosen = order[state.step % steps_per_epoch]
-        black = dataset.normalize(jnp.zeros((1, 1, 1, 3), jnp.uint8)).reshape(3)
-        batch_images = augmentation(augment_key, dataset.normalize(images[chosen]), black)
-        batch_labels = labels[chosen]
+        batch_images, batch_labels, dropout_key = minibatch(state, images, labels, order)
 
         def loss_of(params: Any) -> tuple[Array, tuple[Array, Variables]]:
             variables = {**state.variables, "params": params}
