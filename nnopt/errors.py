@@ -69,3 +69,7 @@ class ResultFolderError(NnoptError):
 
 class ScoreError(NnoptError):
     """A score is not defined for this network or minibatch: no ReLU, a batch of one, labels out of range."""
+
+
+class PruneError(NnoptError):
+    """A network cannot be made smaller as asked."""

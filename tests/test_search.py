@@ -35,7 +35,7 @@ from nnopt.errors import (
     UnknownNetworkError,
 )
 from nnopt.rewrites import choice, load_genotype
-from nnopt.search import blockswap
+from nnopt.search import blockswap, latency
 from nnopt.search import run as run_module
 from nnopt.search.blockswap import BlockSwap, Problem, best, score_all
 from nnopt.search.run import load_result, run
@@ -67,8 +67,8 @@ def shrink(setattr_):
     setattr_(blockswap, "load", lambda name, data_dir, validation: digits)
     setattr_(blockswap, "CODE_CHOICES", tuple(map(choice, ("S", "G(4)", "B(2)", "G(N)"))))
     setattr_(nn.Module, "lazy_init", quick_init)
-    setattr_(run_module, "LATENCY_BATCHES", (1,))
-    setattr_(run_module, "measure", functools.partial(run_module.measure, repeats=3))
+    setattr_(latency, "BATCHES", (1,))
+    setattr_(latency, "measure", functools.partial(latency.measure, repeats=3))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from nnopt.cli.prune import PruneCommand
 from nnopt.cli.rewrite import RewriteCommand
 from nnopt.cli.score import ScoreCommand
 from nnopt.cli.search import SearchCommand
@@ -16,6 +17,7 @@ from nnopt.errors import NnoptError
 Command = (
     Annotated[SearchCommand, tyro.conf.subcommand("search")]
     | Annotated[ScoreCommand, tyro.conf.subcommand("score")]
+    | Annotated[PruneCommand, tyro.conf.subcommand("prune")]
     | Annotated[RewriteCommand, tyro.conf.subcommand("rewrite")]
     | Annotated[ShowCommand, tyro.conf.subcommand("show")]
 )

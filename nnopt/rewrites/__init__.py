@@ -4,6 +4,7 @@ from nnopt.core import Keeps, Rewrite, carry, history, replay, rewrite
 from nnopt.layers import AddGate, AddTap
 from nnopt.rewrites.block import Genotype, ReplaceBlock
 from nnopt.rewrites.choice import CODE_CHOICES, PAPER_CHOICES, Choice, Groups, S, choice
+from nnopt.rewrites.family import largest_within
 from nnopt.rewrites.genotype import load_genotype, save_genotype
 from nnopt.rewrites.importance import (
     at_random,
@@ -69,6 +70,7 @@ __all__ = [
     "gated",
     "history",
     "inner_groups",
+    "largest_within",
     "load_genotype",
     "magnitude",
     "masked",

@@ -159,13 +159,12 @@ class Bottleneck(_Widths):
         """
         found = {}
         for name in inner_groups(groups):
-            size = int(groups[name].size * self.z + 1e-9) // self.multiple * self.multiple
+            size = int(groups[name].size * self.z + 1e-9)
             if size < 1:
                 raise RewriteError(
-                    f"an inner width of {groups[name].size} x {self.z} in multiples of {self.multiple} leaves {name!r} without "
-                    "channels; give a larger z"
+                    f"an inner width of {groups[name].size} x {self.z} leaves {name!r} without channels; give a larger z"
                 )
-            found[name] = size
+            found[name] = max(size // self.multiple, 1) * self.multiple
         return found
 
 

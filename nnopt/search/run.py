@@ -8,7 +8,6 @@ folder/
   result.json       everything found, and everything needed to find it again; written last
 """
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -16,42 +15,30 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 import nnopt
-from nnopt.backends import compile_network, measure, speedup
-from nnopt.core import Example, fingerprint, save_record
+from nnopt.core import fingerprint, save_record
 from nnopt.core.example import rngs
 from nnopt.core.files import write_whole
 from nnopt.core.paths import path_text
 from nnopt.costs import macs, parameters
-from nnopt.errors import CheckpointError, ResultFolderError, SearchError
+from nnopt.errors import ResultFolderError, SearchError
 from nnopt.rewrites import save_genotype
 from nnopt.search.blockswap import BlockSwap, Problem, best, score_all
+from nnopt.search.folders import claim_folder, read_json, writing_to
+from nnopt.search.latency import Watcher, latency_against_base
 from nnopt.search.store import ScoredCandidate, ScoreStore
 from nnopt.search.workers import default_workers
-from nnopt.training import EpochRow, Trainer, checkpoint_info, load_checkpoint, save_checkpoint
+from nnopt.training import EpochRow, save_checkpoint, train_in
 
 FORMAT = "nnopt blockswap result"
 VERSION = 1
-LATENCY_BATCHES = (1, 32)
 WORTH_PROCESSES = 64
 """Fewer candidates are scored before processes have started."""
-
-
-class Watcher(Protocol):
-    """Is told how a search gets on."""
-
-    def phase(self, name: str, total: int, done: int = 0) -> None:
-        """A phase of `total` units begins, `done` of them finished earlier."""
-
-    def advance(self, note: str = "") -> None:
-        """One unit is done."""
 
 
 class _Nobody:
@@ -128,7 +115,7 @@ def run(
     watcher = watcher or _Nobody()
     # The problem before the folder: a search that cannot start leaves nothing behind.
     problem = Problem(spec, data_dir)
-    place = _open_folder(pathlib.Path(folder), spec)
+    place = claim_folder(pathlib.Path(folder), "search", spec.to_json())
     store = ScoreStore(place / "scores.sqlite")
     try:
         known = list(store)
@@ -159,7 +146,8 @@ def run(
         save_genotype(problem.choices(winner.index), save / "genotype.csv", winner.score)
     variables, history = _train(problem, net, place / "training", watcher)
     save_checkpoint(save / "checkpoint", net, variables)
-    latency = _latency(problem, net, variables, watcher)
+    networks = {"base": (problem.base, problem.init(problem.base)), "winner": (net, variables)}
+    latency = latency_against_base(networks, problem.example, watcher)
     summary = _summary(problem, net, winner, rows, history, latency)
     with writing_to(place):
         write_whole(place / "result.json", json.dumps(summary, indent=1) + "\n")
@@ -185,43 +173,6 @@ def load_result(folder: str | os.PathLike[str]) -> SearchResult:
         store.close()
 
 
-def _open_folder(folder: pathlib.Path, spec: BlockSwap) -> pathlib.Path:
-    marker = folder / "search.json"
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        found = _read_json(marker, "remove the folder or give another with --out")
-        if found is None:
-            # What was half-written when a process was killed is nobody's.
-            if any(not p.name.endswith(".partial") for p in folder.iterdir()):
-                raise ResultFolderError(
-                    f"{folder} is not empty and holds no search; give a new folder with --out"
-                )
-            write_whole(marker, json.dumps(spec.to_json(), indent=1) + "\n")
-            found = spec.to_json()
-    wanted = json.loads(json.dumps(spec.to_json()))
-    found = json.loads(json.dumps(found))
-    if found != wanted:
-        keys = {*found, *wanted} if isinstance(found, dict) else set(wanted)
-        differing = sorted(
-            k for k in keys if not isinstance(found, dict) or found.get(k) != wanted.get(k)
-        )
-        raise ResultFolderError(
-            f"{folder} belongs to another search (it differs in {', '.join(differing)}); give another folder with --out"
-        )
-    return folder
-
-
-@contextlib.contextmanager
-def writing_to(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what the file system refuses into a `ResultFolderError`."""
-    try:
-        yield
-    except OSError as e:
-        raise ResultFolderError(
-            f"cannot write to the result folder {folder}: {e.strerror or e}; give another with --out"
-        ) from e
-
-
 def _read_result(place: pathlib.Path) -> dict[str, Any] | None:
     """The content of `result.json`, or None where there is no such file.
 
@@ -230,7 +181,7 @@ def _read_result(place: pathlib.Path) -> dict[str, Any] | None:
     """
     path = place / "result.json"
     remedy = "remove it, and the same search writes it again"
-    summary = _read_json(path, remedy)
+    summary = read_json(path, remedy)
     if summary is None:
         return None
     if not isinstance(summary, dict) or summary.get("format") != FORMAT:
@@ -242,67 +193,21 @@ def _read_result(place: pathlib.Path) -> dict[str, Any] | None:
     return summary
 
 
-def _read_json(path: pathlib.Path, remedy: str) -> Any:
-    """The content of a JSON file, or None where there is no file.
-
-    Raises:
-        ResultFolderError: it is not JSON.
-    """
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ResultFolderError(f"cannot read {path}: {e}; {remedy}") from e
-
-
 def _train(
     problem: Problem, net: nn.Module, folder: pathlib.Path, watcher: Watcher
 ) -> tuple[Any, list[EpochRow]]:
     """Trains the winner from scratch, from its last checkpoint if there is one."""
-    trainer = Trainer(net, problem.dataset, problem.spec.recipe)
     variables = net.lazy_init(rngs(problem.key("training")), *problem.example.args)
-    state = trainer.start(variables, problem.key("shuffling"))
-    history: list[EpochRow] = []
-    epochs = problem.spec.recipe.epochs
-    try:
-        state = load_checkpoint(folder, net, state)
-        history = [EpochRow(**row) for row in checkpoint_info(folder).extra["history"]]
-    except (CheckpointError, KeyError, TypeError) as e:
-        if folder.exists():  # where there is none yet, training starts from the beginning
-            raise CheckpointError(
-                f"cannot go on from {folder}: {e}; remove that folder to train the winner again"
-            ) from e
-    watcher.phase("training the winner", epochs, len(history))
-    while trainer.epoch(state) < epochs:
-        state, row = trainer.run_epoch(state)
-        history.append(row)
-        kept = {"history": [dataclasses.asdict(r) for r in history]}
-        save_checkpoint(folder, net, state, extra=kept)
-        watcher.advance(f"test accuracy {row.test_accuracy:.1%}")
-    return state.variables, history
-
-
-def _latency(problem: Problem, net: nn.Module, variables: Any, watcher: Watcher) -> dict[str, Any]:
-    """Inference latency of base and winner, side by side, for each of `LATENCY_BATCHES`."""
-    watcher.phase("measuring latency", len(LATENCY_BATCHES))
-    base_variables = problem.init(problem.base)
-    table: dict[str, Any] = {}
-    for batch in LATENCY_BATCHES:
-        example = Example(jax.ShapeDtypeStruct((batch, *problem.dataset.image_shape), jnp.float32))
-        compiled = {
-            "base": compile_network(problem.base, base_variables, example),
-            "winner": compile_network(net, variables, example),
-        }
-        times = measure(compiled)
-        ratio = speedup(times["base"], times["winner"])
-        table[str(batch)] = {
-            **{name: dataclasses.asdict(t) for name, t in times.items()},
-            "speedup": dataclasses.asdict(ratio),
-            "device": compiled["winner"].device,
-        }
-        watcher.advance(f"batch {batch}: {ratio.median:.2f}x")
-    return table
+    return train_in(
+        folder,
+        net,
+        variables,
+        problem.dataset,
+        problem.spec.recipe,
+        problem.key("shuffling"),
+        on_start=lambda done, total: watcher.phase("training the winner", total, done),
+        on_epoch=lambda row: watcher.advance(f"test accuracy {row.test_accuracy:.1%}"),
+    )
 
 
 def _summary(

@@ -27,6 +27,7 @@ from nnopt.training.recipe import (
     Recipe,
     Schedule,
 )
+from nnopt.training.resume import train_in
 from nnopt.training.state import EpochRow, TrainResult, TrainState
 
 __all__ = [
@@ -62,4 +63,5 @@ __all__ = [
     "mode_of",
     "save_checkpoint",
     "train",
+    "train_in",
 ]

@@ -113,6 +113,8 @@ class Pruner:
         groups: channels that belong together.
         names: the groups that lose channels.
         most: how many channels can go, each group keeping one.
+        whole: parameters of the network.
+        smallest: parameters that are left when `most` channels have gone.
 
     Example:
         Down to half of the parameters::
@@ -149,6 +151,9 @@ class Pruner:
             raise UnsupportedNetworkError(
                 f"{type(net).__name__} has no channels that could go; with only='all' those outside of residual blocks may"
             )
+        self.whole = parameters_without(self.groups, {})
+        last = {n: range(self.groups[n].size - 1) for n in self.names}
+        self.smallest = parameters_without(self.groups, last)
         self._axes = _axes(self.groups)
         self._step = jax.jit(self._make_step(), donate_argnames=("state", "sums"))
         self._evaluator = Evaluator(net, dataset.mean, dataset.std)

@@ -1,0 +1,216 @@
+"""Error and throughput against parameters: pruning, and the alternatives to it, from one run.
+
+python -m experiments.skeletons.compare --quick
+
+Every scheme of `nnopt prune` makes networks of several sizes from one trained base network: prune-and-tune by Fisher information
+and by L1 norms, the shapes these leave trained from scratch, and networks scaled down in depth, width or inner width. All are
+then timed in one interleaved run. A killed run takes up where it stopped. Writes `compare.csv` and `compare.png`.
+
+`--quick` compares wide residual networks on the digits, in half an hour on two cores: enough to see every part at work, not to rank
+the schemes. The full recipe (WRN-40-2 on CIFAR-10, 200 epochs each, one channel per 100 steps) is for a GPU and days.
+"""
+
+import csv
+import dataclasses
+import io
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.skeletons.families import Member
+from experiments.skeletons.throughput import Point, timed
+from nnopt.cli.bars import Bars
+from nnopt.core import load_record
+from nnopt.core.files import write_whole
+from nnopt.data import Augmentation, load
+from nnopt.errors import NnoptError
+from nnopt.networks import named
+from nnopt.search.pruning import PruneJob, prune_network
+from nnopt.training import (
+    CLOSER_LOOK_TUNING_WRN,
+    CLOSER_LOOK_WRN,
+    QUICK,
+    PruneRecipe,
+    Recipe,
+    evaluate_test,
+    save_checkpoint,
+    train_in,
+)
+
+# name -> scheme of `nnopt prune`, criterion
+SCHEMES: dict[str, tuple[Any, Any]] = {
+    "depth": ("depth", "fisher"),
+    "width": ("width", "fisher"),
+    "bottleneck": ("bottleneck", "fisher"),
+    "Fisher, tuned": ("tune", "fisher"),
+    "L1, tuned": ("tune", "l1"),
+    "Fisher, from scratch": ("scratch", "fisher"),
+    "L1, from scratch": ("scratch", "l1"),
+    "Fisher profile": ("profile", "fisher"),
+}
+_COLOURS = (
+    "#0b6e4f", "#1d9a6c", "#e09f3e", "#9e2a2b", "#c65b7c", "#540b0e", "#7a3e55", "#7a7a7a",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareCommand:
+    """Compare pruning with scaling down: error and throughput against parameters."""
+
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """WRN-16-1 on the digits instead of WRN-40-2 on CIFAR-10."""
+    fractions: tuple[float, ...] = (0.7, 0.45, 0.25)
+    """Sizes, as fractions of the base network's parameters."""
+    batches: tuple[int, ...] = (1, 32)
+    """Images in a timed call."""
+    data_dir: str | None = None
+    """Folder of CIFAR-10; NNOPT_DATA by default."""
+    seed: int = 0
+    """Seed of everything random."""
+    out: Annotated[pathlib.Path, tyro.conf.arg(metavar="FOLDER")] = pathlib.Path("results/compare")
+    """Result folder."""
+
+    def run(self) -> None:
+        """Makes the networks, times them, prints, draws."""
+        console = Console()
+        dataset = load("digits") if self.quick else load("cifar10", self.data_dir)
+        name = "wrn-16-1" if self.quick else "wrn-40-2"
+        base = named(name, len(dataset.classes))
+        recipe, steps, at_once = CLOSER_LOOK_WRN, 100, 1
+        tuning = dataclasses.replace(CLOSER_LOOK_TUNING_WRN, epochs=1)
+        if self.quick:
+            recipe, steps, at_once = QUICK, 10, 4
+            plain = Augmentation(pad=2, pad_mode="constant", flip=False)
+            tuning = Recipe(epochs=1, batch=QUICK.batch, learning_rate=2e-3, schedule="constant", augmentation=plain)  # fmt: skip
+        with Bars(console) as bars:
+            checkpoint, trained = self._base(base, dataset, recipe, bars)
+            whole = sum(leaf.size for leaf in jax.tree.leaves(trained["params"]))
+            profile: tuple[int, ...] = ()
+            rows: list[tuple[str, Member, float]] = []
+            for label, (scheme, criterion) in SCHEMES.items():
+                for fraction in self.fractions:
+                    pruning = PruneRecipe(tuning, criterion, steps, at_once)
+                    job = PruneJob(
+                        scheme, round(fraction * whole), recipe, pruning, self.seed,
+                        "stem" if scheme == "width" else None, profile if scheme == "profile" else (),
+                    )  # fmt: skip
+                    place = self.out / f"{label.replace(', ', '-').replace(' ', '-')}-{fraction:g}"
+                    console.print(f"{label}, {job.budget:,} parameters", highlight=False)
+                    result = prune_network(job, base, dataset, place, bars, checkpoint=checkpoint)
+                    if label == "Fisher, tuned" and fraction == self.fractions[len(self.fractions) // 2]:  # fmt: skip
+                        profile = tuple(result.summary["inner_widths"])
+                    net = load_record(place / "network.json")
+                    member = Member(label, f"{fraction:g}", net)
+                    rows.append((label, member, 1 - result.summary["test_accuracy"]))
+            error = 1 - evaluate_test(base, trained, dataset)
+            rows.insert(0, ("base", Member("base", "1", base), error))
+            family = [member for _, member, _ in rows]
+            points = {
+                batch: timed(family, batch, dataset.image_shape, 15, bars) for batch in self.batches
+            }
+        errors = [error for *_, error in rows]
+        self._write(errors, points)
+        figure(errors, points, f"{name}, {dataset.name}").savefig(self.out / "compare.png", dpi=130)
+        console.print(table(errors, points, dataset.split_note))
+        console.print(f"{self.out / 'compare.csv'}, {self.out / 'compare.png'}", highlight=False)
+
+    def _base(
+        self, base: Any, dataset: Any, recipe: Recipe, bars: Bars
+    ) -> tuple[pathlib.Path, Any]:
+        folder = self.out / "base"
+        shape = jax.ShapeDtypeStruct((1, *dataset.image_shape), jax.numpy.float32)
+        fresh = base.lazy_init(jax.random.key(self.seed), shape)
+        variables, _ = train_in(
+            folder / "training", base, fresh, dataset, recipe, jax.random.key(self.seed + 1),
+            on_start=lambda done, total: bars.phase("training the base", total, done),
+            on_epoch=lambda row: bars.advance(f"test accuracy {row.test_accuracy:.1%}"),
+        )  # fmt: skip
+        save_checkpoint(folder / "variables", base, variables)
+        return folder / "variables", variables
+
+    def _write(self, errors: Sequence[float], points: dict[int, list[Point]]) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        speeds = [f"images_per_second_batch_{b}" for b in points]
+        writer.writerow(["scheme", "fraction", "parameters", "macs", "test_error", *speeds])
+        for i, error in enumerate(errors):
+            here = [p[i] for p in points.values()]
+            first = here[0]
+            writer.writerow([
+                first.scheme, first.detail, first.parameters, first.macs, f"{error:.4f}",
+                *(f"{p.throughput:.1f}" for p in here),
+            ])  # fmt: skip
+        write_whole(self.out / "compare.csv", text.getvalue())
+
+
+def table(errors: Sequence[float], points: dict[int, list[Point]], note: str) -> Table:
+    """Every network: parameters, error, throughput relative to the base."""
+    found = Table(title=note)
+    found.add_column("scheme")
+    found.add_column("parameters", justify="right")
+    found.add_column("error", justify="right")
+    for batch in points:
+        found.add_column(f"x base, batch {batch}", justify="right")
+    for i, error in enumerate(errors):
+        here = [p[i] for p in points.values()]
+        ratios = [p[i].throughput / p[0].throughput for p in points.values()]
+        found.add_row(here[0].scheme, f"{here[0].parameters:,}", f"{error:.2%}", *(f"{r:.2f}" for r in ratios))  # fmt: skip
+    return found
+
+
+def figure(errors: Sequence[float], points: dict[int, list[Point]], title: str) -> Any:
+    """Error, and throughput for each batch, against parameters."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(4.6 * (1 + len(points)), 4.2), layout="constrained")
+    panels = {"test error, %": [100 * e for e in errors]}
+    panels |= {f"images / s, batch {b}": [p.throughput for p in here] for b, here in points.items()}
+    first = next(iter(points.values()))
+    for number, (label, values) in enumerate(panels.items()):
+        axes = made.add_subplot(1, len(panels), number + 1)
+        for scheme, colour in zip(SCHEMES, _COLOURS, strict=False):
+            line = sorted(
+                (p.parameters / 1e6, v)
+                for p, v in zip(first, values, strict=True)
+                if p.scheme in (scheme, "base")
+            )
+            style = "-" if scheme in ("depth", "width", "bottleneck") else "--"
+            axes.plot(*zip(*line, strict=True), style, marker="o", ms=3.5, lw=1.3, color=colour, label=scheme)  # fmt: skip
+        axes.set_xlabel("parameters, millions")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        if number == 0:
+            axes.set_title(title, fontsize=10)
+            axes.legend(fontsize=7)
+    return made
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: arguments; those of the process by default.
+    """
+    command = tyro.cli(CompareCommand, prog="compare", description=__doc__, args=args)
+    try:
+        command.run()
+    except NnoptError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(
+            "compare: interrupted; the same command takes up where this one stopped",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
