@@ -167,6 +167,10 @@ class _Stream:
         return lambda number: ready.score(self.indices[number], self.choices[number])
 
 
+_MOST_PROGRAMS = 1_500
+"""In one process: code of each lies in mappings of its own, of which Linux allows a process 65,530."""
+
+
 class _Worker:
     """What a worker process keeps between networks."""
 
@@ -174,13 +178,16 @@ class _Worker:
         self.job = job
         self.images, self.labels = _images(job)
         self.example = Example(self.images, train=True)
-        # Networks of a benchmark are the same few operations in another order: after the first ones next to nothing is compiled.
+        # Networks of a benchmark are the same few operations in another order: after the first ones little is compiled.
         self.programs = ProgramCache()
         covering = [job.network(choice) for choice in job.covering]
         self.weights = SharedWeights(covering, Example(self.images[:1], train=True), job.seed)
 
     def score(self, index: int, choice: Any) -> ScoredNetwork:
         start = time.perf_counter()
+        if self.programs.statistics.programs > _MOST_PROGRAMS:
+            self.programs = ProgramCache()
+            jax.clear_caches()
         net = self.job.network(choice)
         variables = self.weights.of(net)
         if self.job.grouped:

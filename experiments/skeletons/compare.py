@@ -65,6 +65,8 @@ class CompareCommand:
 
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """WRN-16-1 on the digits instead of WRN-40-2 on CIFAR-10."""
+    network: str | None = None
+    """Another base network of the same family, such as wrn-28-10."""
     fractions: tuple[float, ...] = (0.7, 0.45, 0.25)
     """Sizes, as fractions of the base network's parameters."""
     batches: tuple[int, ...] = (1, 32)
@@ -80,7 +82,7 @@ class CompareCommand:
         """Makes the networks, times them, prints, draws."""
         console = Console()
         dataset = load("digits") if self.quick else load("cifar10", self.data_dir)
-        name = "wrn-16-1" if self.quick else "wrn-40-2"
+        name = self.network or ("wrn-16-1" if self.quick else "wrn-40-2")
         base = named(name, len(dataset.classes))
         recipe, steps, at_once = CLOSER_LOOK_WRN, 100, 1
         tuning = dataclasses.replace(CLOSER_LOOK_TUNING_WRN, epochs=1)

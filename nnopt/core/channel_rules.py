@@ -228,7 +228,8 @@ def _broadcast(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Se
 @rule("transpose")
 def _transpose(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     labels = tuple(inputs[0].labels[a] for a in equation.params["permutation"])
-    return [Axes(*_shapes(equation), labels, _weights(equation, inputs))]
+    (shape,) = _shapes(equation)
+    return [Axes(shape, labels, _weights(equation, inputs))]
 
 
 @rule("squeeze", "expand_dims", "reshape")
@@ -499,7 +500,8 @@ def _dot_general(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> 
         labels += rest
         if array.weights:
             ties.made += [v for v in rest if v is not None]
-    return [Axes(*_shapes(equation), tuple(labels), a.weights and b.weights)]
+    (shape,) = _shapes(equation)
+    return [Axes(shape, tuple(labels), a.weights and b.weights)]
 
 
 @rule("gather")

@@ -271,7 +271,8 @@ def _components(ties: Ties) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    pairs = [np.concatenate([p[i] for p in ties.joins]) for i in (0, 1)] if ties.joins else [[], []]
+    none = np.zeros(0, np.int64)
+    pairs = [np.concatenate([none, *(p[i] for p in ties.joins)]) for i in (0, 1)]
     size = (ties.labels, ties.labels)
     graph = coo_array((np.ones(len(pairs[0]), bool), tuple(pairs)), shape=size)
     found: np.ndarray = connected_components(graph, directed=False)[1]

@@ -14,7 +14,8 @@ from rich.text import Text
 from nnopt.core.files import write_whole
 from nnopt.rewrites import choice
 from nnopt.search.blockswap import best
-from nnopt.search.run import SearchResult, writing_to
+from nnopt.search.folders import writing_to
+from nnopt.search.run import SearchResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

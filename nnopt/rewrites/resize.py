@@ -84,7 +84,7 @@ class Resize(Rewrite):
         if problem is None:
             return edits
         # A network that decides by its own fields what to build needs those to follow, unless that makes it decide otherwise.
-        around = _enclosing(sites, edits)
+        around = dict(_enclosing(sites, edits))
         while around:
             if (problem := _problem(sites, {**around, **edits}, wanted)) is None:
                 return {**around, **edits}

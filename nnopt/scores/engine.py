@@ -476,7 +476,9 @@ def run_instructions(
         env: arrays.
         spent: for each instruction the slots to let go after it; none by default.
     """
-    for (program, reads, writes), last in itertools.zip_longest(instructions, spent, fillvalue=()):
+    for (program, reads, writes), last in zip(
+        instructions, itertools.chain(spent, itertools.repeat(())), strict=False
+    ):
         results = program.run(*[env[i] for i in reads])
         for slot, result in zip(writes, results, strict=True):
             env[slot] = result

@@ -28,7 +28,7 @@ from nnopt.search.ranking import Scored, Setting
 from nnopt.search.workers import OnProgress, map_in_processes
 
 if TYPE_CHECKING:
-    from nnopt.search.run import Watcher
+    from nnopt.search.latency import Watcher
 
 _AHEAD = 8  # candidates under way on an accelerator
 _STREAMS = ("weights", "minibatch", "augmentation")  # numbered as those of a search
