@@ -73,3 +73,7 @@ class ScoreError(NnoptError):
 
 class PruneError(NnoptError):
     """A network cannot be made smaller as asked."""
+
+
+class NestError(NnoptError):
+    """A loop nest cannot be built, or a transformation is not possible on it."""
