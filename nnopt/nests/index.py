@@ -48,11 +48,13 @@ class Index(NamedTuple):
 
     def without(self, name: str) -> "Index":
         """The index where a loop is at zero."""
+        if not any(t.loop == name for t in self.terms):
+            return self
         return Index(self.constant, tuple(t for t in self.terms if t.loop != name))
 
     def shifted(self, by: int) -> "Index":
         """The index so many elements further."""
-        return Index(self.constant + by, self.terms)
+        return Index(self.constant + by, self.terms) if by else self
 
     def plus(self, *terms: Term) -> "Index":
         """The index with terms added."""

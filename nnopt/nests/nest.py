@@ -101,8 +101,13 @@ class Nest:
 
     def with_index(self, change: Callable[[str, Dim], Index]) -> "Nest":
         """Every index replaced; `change` is told the array's name and the dimension."""
-        new = {a: tuple(d._replace(at=change(a, d)) for d in getattr(self, a)) for a in "yxk"}
-        return dataclasses.replace(self, **new)
+        new = {}
+        for array in "yxk":
+            dims: tuple[Dim, ...] = getattr(self, array)
+            places = [change(array, dim) for dim in dims]
+            if any(place is not dim.at for place, dim in zip(places, dims, strict=True)):
+                new[array] = tuple(Dim(d.axis, d.size, p) for d, p in zip(dims, places, strict=True))
+        return dataclasses.replace(self, **new) if new else self
 
     def with_loops(
         self, old: str, new: Sequence[Loop], change: Callable[[Term], Sequence[Term]]
