@@ -34,12 +34,14 @@ from nnopt.core import (
     to_record,
 )
 from nnopt.layers import TAPS, Identity
+from nnopt.nests import Bottleneck, Group, Program, Split, Untie
 from nnopt.rewrites import (
     AddGate,
     AddTap,
     Configure,
     Genotype,
     LowerGroupedConvs,
+    MutateConv,
     Replace,
     ReplaceBlock,
     choice,
@@ -101,6 +103,15 @@ TABLE: dict[str, tuple[str, Rewrite]] = {
     "block BG(2,M/2)": ("partial_resnet", ReplaceBlock("PartialBlock_1", choice("BG(2,M/2)"))),
     "genotype": ("residual_deterministic", Genotype((choice("G(N)"), None))),
     "lower": ("compact", LowerGroupedConvs(All())),
+    "mutate": (
+        "residual_keyword",
+        MutateConv(Glob("block*/branch/conv"), Program((Group("co", "ci", 4),))),
+    ),
+    "mutate in scan": ("scanned", MutateConv("layers/mlp/hidden", Program((Bottleneck("co", 2),)))),
+    "mutate in vmap": (
+        "ensemble",
+        MutateConv("members/hidden", Program((Split("co", (2,)), Untie()))),
+    ),
 }
 ROWS = pytest.mark.parametrize("row", TABLE)
 

@@ -1,4 +1,4 @@
-"""Operators as loop nests: transformations, canonical form, oracle."""
+"""Operators as loop nests: transformations, canonical form, data reuse, lowering to linen modules."""
 
 from nnopt.nests.canonical import Canonical, canonical
 from nnopt.nests.nest import Loop, Nest, Operator, convolution, dense

@@ -234,11 +234,15 @@ def _convolution(
     form: Form, part: Roles, x: jax.Array, kernel: jax.Array, start: Sequence[int], groups: int
 ) -> jax.Array:
     """One convolution: `[batch, *rows, groups * outputs]`."""
-    strides, dilation, padding = [], [], []
+    rows, strides, dilation, padding = [], [], [], []
+    nothing = False  # is read but zeros outside of the image
     channels = len(form.view) - 1
     inner = {axis: d for d, (axis, _) in enumerate(form.view)}
     for d, (axis, size) in enumerate(form.view[:-1]):
         if inner[axis] != d:  # selects a slab
+            if not 0 <= start[d] < size:
+                nothing = True
+                continue
             length = x.shape[1 + axis] // size
             x = lax.slice_in_dim(x, start[d] * length, (start[d] + 1) * length, axis=1 + axis)
             continue
@@ -249,10 +253,17 @@ def _convolution(
         taps, step = (
             (form.bands[window].extent, form.bands[window].x[d]) if window is not None else (1, 1)
         )
-        last = (count - 1) * stride + (taps - 1) * step + start[d]
+        first, last = start[d], start[d] + (count - 1) * stride + (taps - 1) * step
+        rows.append(count)
+        if last < 0 or first >= size:
+            nothing = True
+            continue
+        x = lax.slice_in_dim(x, max(first, 0), min(last + 1, size), axis=1 + axis)
         strides.append(stride)
         dilation.append(step)
-        padding.append((-start[d], last - (size - 1)))
+        padding.append((max(-first, 0), max(last + 1 - size, 0)))
+    if nothing:
+        return jnp.zeros((x.shape[0], *rows, kernel.shape[-1]), x.dtype)
     x = _channels(form, [*part.groups, *part.inputs], x, start[channels])
     rank = len(strides)
     if rank == 0:

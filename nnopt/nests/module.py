@@ -46,7 +46,7 @@ class ProgramConv(nn.Conv):
         Raises:
             NestError: the program is not possible for the shape, or the convolution is none that a nest describes.
         """
-        rank = 1 if isinstance(self.kernel_size, int) else len(self.kernel_size)
+        rank = spatial_rank(self)
         batch, image = (
             inputs.shape[: inputs.ndim - rank - 1],
             inputs.shape[inputs.ndim - rank - 1 :],
@@ -94,6 +94,13 @@ def _apply(module: Any, operator: Operator, x: jax.Array) -> jax.Array:
     x, bias, *arrays = promote_dtype(x, bias, *arrays, dtype=module.dtype)
     y = run(canon, x, kept.kernels(arrays), operator.output)
     return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def spatial_rank(module: nn.Module) -> int:
+    """Dimensions of the image that a convolution runs over; 0 for a dense layer."""
+    if not isinstance(module, nn.Conv):
+        return 0
+    return 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
 
 
 def nest_of(module: nn.Module, image: tuple[int, ...]) -> Operator:

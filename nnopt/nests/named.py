@@ -30,7 +30,9 @@ def pointwise(window: Sequence[int]) -> Program:
         window: of the convolution, odd extents.
     """
     letters = "dhw"[-len(window) :]
-    return Program(tuple(Bottleneck(f"k{a}", n) for a, n in zip(letters, window, strict=True) if n > 1))
+    return Program(
+        tuple(Bottleneck(f"k{a}", n) for a, n in zip(letters, window, strict=True) if n > 1)
+    )
 
 
 def spatial_bottleneck(by: int, rank: int = 2) -> Program:
@@ -74,7 +76,13 @@ def sequence2(inputs: int, unrolled: int, groups: int) -> Program:
         unrolled: outputs computed in full.
         groups: of the others.
     """
-    return Program((Split("co", (unrolled,)), Restrict("ci", unrolled, inputs, part=1), Group("co", "ci", groups, part=1)))
+    return Program(
+        (
+            Split("co", (unrolled,)),
+            Restrict("ci", unrolled, inputs, part=1),
+            Group("co", "ci", groups, part=1),
+        )
+    )
 
 
 def sequence3(slabs: int) -> Program:
@@ -103,7 +111,9 @@ def sequence4(outputs: int, window: Sequence[int], sizes: Sequence[int]) -> Prog
     if parts < 1 or outputs % parts:
         raise NestError(f"{parts} groups do not divide the {outputs} channels")
     if len(set(window)) > 1 or any(n % 2 == 0 or n < 1 for n in (*window, *sizes)):
-        raise NestError(f"windows {tuple(window)} and {tuple(sizes)}: extents are odd, and equal along all axes")
+        raise NestError(
+            f"windows {tuple(window)} and {tuple(sizes)}: extents are odd, and equal along all axes"
+        )
     size, have = outputs // parts, window[0]
     steps: list[Step] = [Split("co", tuple(range(size, outputs, size)))] if parts > 1 else []
     for part, extent in enumerate(sizes):

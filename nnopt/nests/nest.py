@@ -106,7 +106,9 @@ class Nest:
             dims: tuple[Dim, ...] = getattr(self, array)
             places = [change(array, dim) for dim in dims]
             if any(place is not dim.at for place, dim in zip(places, dims, strict=True)):
-                new[array] = tuple(Dim(d.axis, d.size, p) for d, p in zip(dims, places, strict=True))
+                new[array] = tuple(
+                    Dim(d.axis, d.size, p) for d, p in zip(dims, places, strict=True)
+                )
         return dataclasses.replace(self, **new) if new else self
 
     def with_loops(

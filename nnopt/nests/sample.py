@@ -1,7 +1,7 @@
 """Operators drawn at random, from what is possible: every argument is chosen among those that fit.
 
-A draw is a few *moves*, each a handful of steps that change the function of one part or of all. Random choice lives here alone: what
-comes out is a program with every decision in it.
+A draw is a few *moves*, each a handful of steps that change the function of one part or of all. Random choice lives here alone:
+what comes out is a program with every decision in it.
 """
 
 import dataclasses
@@ -73,7 +73,9 @@ def draw(operator: Operator, rng: np.random.Generator, moves: int = 3) -> Drawn:
             operator = step(operator)
         steps += move
     if not steps:
-        raise NestError(f"no transformation is possible on a convolution of {operator.input} to {operator.output}")
+        raise NestError(
+            f"no transformation is possible on a convolution of {operator.input} to {operator.output}"
+        )
     return Drawn(Program(tuple(steps)), operator, canonical(operator))
 
 
@@ -151,13 +153,16 @@ def _move(operator: Operator, choose: _Chooser) -> list[Step]:
     return []
 
 
-def _loops(nest: Nest, operator: Operator, at: int | None, wanted: Callable[[Nest, str], bool]) -> list[tuple[str, int]]:
+def _loops(
+    nest: Nest, operator: Operator, at: int | None, wanted: Callable[[Nest, str], bool]
+) -> list[tuple[str, int]]:
     """Loops of a kind that may be reshaped; where all parts are meant, those that all have."""
     nests = operator.nests if at is None else (nest,)
     return [
         (loop.name, loop.extent)
         for loop in nest.loops
-        if loop.extent > 1 and all(loop in other.loops and wanted(other, loop.name) for other in nests)
+        if loop.extent > 1
+        and all(loop in other.loops and wanted(other, loop.name) for other in nests)
     ]
 
 
@@ -166,7 +171,11 @@ def _is_co(nest: Nest, name: str) -> bool:
 
 
 def _is_ci(nest: Nest, name: str) -> bool:
-    return not nest.is_output(name) and nest.uses("k", name) and [d.axis for d in nest.x if d.at.of(name)] == [nest.x[-1].axis]
+    return (
+        not nest.is_output(name)
+        and nest.uses("k", name)
+        and [d.axis for d in nest.x if d.at.of(name)] == [nest.x[-1].axis]
+    )
 
 
 def _is_row(nest: Nest, name: str) -> bool:
@@ -190,7 +199,11 @@ def _group(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> 
 
 
 def _bottleneck(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> list[Step]:
-    loops = [(name, n) for name, n in _loops(nest, operator, at, _computes) if _free(operator, at, name + "_r")]
+    loops = [
+        (name, n)
+        for name, n in _loops(nest, operator, at, _computes)
+        if _free(operator, at, name + "_r")
+    ]
     if not loops:
         return []
     name, n = loops[choose(len(loops))]
@@ -201,14 +214,21 @@ def _bottleneck(nest: Nest, operator: Operator, choose: _Chooser, at: int | None
 
 def _half(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> list[Step]:
     """Bottleneck of the outer half of a loop: a run of neighbours stays."""
-    loops = _cuttable(operator, at, _loops(nest, operator, at, lambda n, name: n.is_output(name) and _computes(n, name)))
+    loops = _cuttable(
+        operator,
+        at,
+        _loops(nest, operator, at, lambda n, name: n.is_output(name) and _computes(n, name)),
+    )
     if not loops:
         return []
     name, n = loops[choose(len(loops))]
     size = choose.of(divisors(n))
     outer = halves(name)[0]
     rest = n // size
-    return [StripMine(name, size, part=at), Bottleneck(outer, choose.of((*divisors(rest), rest)), part=at)]
+    return [
+        StripMine(name, size, part=at),
+        Bottleneck(outer, choose.of((*divisors(rest), rest)), part=at),
+    ]
 
 
 def _range(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> list[Step]:
@@ -259,7 +279,13 @@ def _tie(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> li
         return [Tie(*pairs[choose(len(pairs))], part=at)]
     rows = _cuttable(operator, at, _loops(nest, operator, at, _is_row))
     inputs = _cuttable(operator, at, _loops(nest, operator, at, _is_ci))
-    fits = [(r, n, c, m, g) for r, n in rows for c, m in inputs for g in divisors(n) if g <= 8 and g in divisors(m)]
+    fits = [
+        (r, n, c, m, g)
+        for r, n in rows
+        for c, m in inputs
+        for g in divisors(n)
+        if g <= 8 and g in divisors(m)
+    ]
     if not fits:
         return []
     row, _, channel, m, g = fits[choose(len(fits))]
@@ -286,7 +312,9 @@ def _share(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> 
 
 def _shift(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> list[Step]:
     rows = _loops(nest, operator, at, _is_row)
-    loops = _cuttable(operator, at, _loops(nest, operator, at, lambda n, name: _is_ci(n, name) or _is_co(n, name)))
+    loops = _cuttable(
+        operator, at, _loops(nest, operator, at, lambda n, name: _is_ci(n, name) or _is_co(n, name))
+    )
     fits = [(name, n, s) for name, n in loops for s in divisors(n) if n // s <= 8]
     if not rows or not fits:
         return []
@@ -304,7 +332,10 @@ def _slabs(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> 
     nests = operator.nests if at is None else (nest,)
     rows = _cuttable(operator, at, _loops(nest, operator, at, _is_row))
     fits = [
-        (name, s) for name, n in rows for s in divisors(n) if s <= 8 and all(_covers(other, name, n) for other in nests)
+        (name, s)
+        for name, n in rows
+        for s in divisors(n)
+        if s <= 8 and all(_covers(other, name, n) for other in nests)
     ]
     if not fits:
         return []
@@ -315,11 +346,20 @@ def _slabs(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> 
 
 def _covers(nest: Nest, name: str, extent: int) -> bool:
     place = spatial_dim(nest, name)
-    return place is not None and sum(t.coefficient for t in nest.x[place].at.of(name)) * extent == nest.x[place].size
+    return (
+        place is not None
+        and sum(t.coefficient for t in nest.x[place].at.of(name)) * extent == nest.x[place].size
+    )
 
 
-def _cuttable(operator: Operator, at: int | None, loops: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    return [(name, n) for name, n in loops if divisors(n) and all(_free(operator, at, half) for half in halves(name))]
+def _cuttable(
+    operator: Operator, at: int | None, loops: list[tuple[str, int]]
+) -> list[tuple[str, int]]:
+    return [
+        (name, n)
+        for name, n in loops
+        if divisors(n) and all(_free(operator, at, half) for half in halves(name))
+    ]
 
 
 def _free(operator: Operator, at: int | None, name: str) -> bool:

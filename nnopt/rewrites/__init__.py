@@ -35,6 +35,7 @@ from nnopt.rewrites.skeleton import (
     inner_groups,
     resize_groups,
 )
+from nnopt.rewrites.operation import MutateConv
 from nnopt.rewrites.structural import Configure, LowerGroupedConvs, Replace
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Groups",
     "Keeps",
     "LowerGroupedConvs",
+    "MutateConv",
     "Replace",
     "ReplaceBlock",
     "Resize",
