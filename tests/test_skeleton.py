@@ -1,6 +1,7 @@
 """Networks scaled down: counts of the natively smaller ones, weights carried, places named in errors."""
 
 import csv
+import math
 import os
 import pathlib
 
@@ -11,7 +12,7 @@ import numpy as np
 import prunable_networks as networks
 import pytest
 
-from nnopt.core import carry, channel_groups, from_record, rewrite, to_record
+from nnopt.core import Rewrite, carry, channel_groups, from_record, rewrite, sites, to_record
 from nnopt.costs import macs, parameters
 from nnopt.errors import RewriteError, SelectionError
 from nnopt.networks import (
@@ -38,9 +39,11 @@ from nnopt.rewrites import (
     parameters_without,
     prune,
 )
+from nnopt.rewrites.family import parameters_resized
 
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 KEY = jax.random.key(0)
+INF, NAN = math.inf, math.nan
 
 
 class Narrow(nn.Module):
@@ -165,7 +168,7 @@ def test_scaled_networks_are_rewritten_again():
     net = rewrite(WideResNet(16, 2.0), ScaleWidth(0.5, keep="stem"), ScaleDepth(0.5), example=IMAGE)
     net = rewrite(net, ReplaceBlock("stage2_block0", choice("G(4)")), example=IMAGE)
     assert from_record(to_record(net)) == net
-    net.init(KEY, jnp.zeros(IMAGE.shape))
+    jax.eval_shape(net.init, KEY, jnp.zeros(IMAGE.shape))
 
 
 # --- depth ---
@@ -201,23 +204,71 @@ def test_depth_of_other_networks(name):
     [
         (ScaleDepth(), RewriteError, "either a factor or"),
         (ScaleDepth(0.5, ("stage1_block1",)), RewriteError, "either a factor or"),
-        (ScaleDepth(0.0), RewriteError, "cannot be scaled by 0.0"),
-        (ScaleDepth(1.5), RewriteError, "cannot be scaled by 1.5"),
+        (ScaleDepth(0.0), RewriteError, "ScaleDepth: factor=0.0; .* up to 1"),
+        (ScaleDepth(1.5), RewriteError, "ScaleDepth: factor=1.5; .* up to 1"),
+        (ScaleDepth(NAN), RewriteError, "ScaleDepth: factor=nan; "),
+        (ScaleDepth("all"), RewriteError, "ScaleDepth: factor='all'; "),
         (ScaleDepth(drop=("stage2_block0",)), RewriteError, "'stage2_block0' cannot be dropped"),
         (ScaleDepth(drop=("stage9",)), SelectionError, "no module at 'stage9'"),
         (ScaleWidth(0.001, 1), RewriteError, "none of the 16 channels of 'stem'"),
-        (ScaleWidth(-1.0), RewriteError, "cannot be scaled by -1.0"),
+        (ScaleWidth(-1.0), RewriteError, "ScaleWidth: factor=-1.0; give a finite number above 0"),
+        (ScaleWidth(INF), RewriteError, "ScaleWidth: factor=inf; "),
+        (ScaleWidth(1e12), RewriteError, "gives 'stem' more than 1,048,576 channels"),
+        (ScaleWidth(0.5, 0), RewriteError, "ScaleWidth: multiple=0; give a whole number from 1"),
+        (ScaleWidth(0.5, 2.5), RewriteError, "ScaleWidth: multiple=2.5; "),
         (ScaleWidth(0.5, keep="nothing"), SelectionError, "no module at 'nothing'"),
-        (ScaleResolution(0.0), RewriteError, "resolution cannot be scaled"),
+        (ScaleResolution(0.0), RewriteError, "ScaleResolution: factor=0.0; "),
+        (ScaleResolution(NAN), RewriteError, "ScaleResolution: factor=nan; "),
+        (ScaleResolution(1e-9), RewriteError, "32 pixels cannot be scaled by 1e-09"),
+        (ScaleResolution(1e9), RewriteError, "32 pixels cannot be scaled by 1000000000.0"),
         (Bottleneck(0.01), RewriteError, "leaves 'stage1_block0/conv1' without"),
+        (Bottleneck(INF), RewriteError, "Bottleneck: z=inf; give a finite number above 0"),
+        (Bottleneck(NAN), RewriteError, "Bottleneck: z=nan; "),
+        (Bottleneck(-0.5), RewriteError, "Bottleneck: z=-0.5; "),
+        (Bottleneck(1e308), RewriteError, "gives 'stage1_block0/conv1' more than 1,048,576"),
+        (Bottleneck(10**400), RewriteError, "gives 'stage1_block0/conv1' more than 1,048,576"),
+        (Bottleneck(0.5, multiple=0), RewriteError, "Bottleneck: multiple=0; "),
+        (Bottleneck(0.5, multiple=INF), RewriteError, "Bottleneck: multiple=inf; "),
+        (Bottleneck(0.5, multiple=10**9), RewriteError, "would have 1,000,000,000 channels"),
         (ScaleProfile((8, 8)), RewriteError, "has 2 widths, and WideResNet has 6 inner ones"),
         (ScaleProfile((8,) * 6, 0.1), RewriteError, "8 x 0.1 leaves 'stage1_block0/conv1'"),
+        (ScaleProfile((8,) * 6, INF), RewriteError, "ScaleProfile: factor=inf; "),
+        (ScaleProfile((8,) * 5 + (0,)), RewriteError, "width 5 .* is 0; widths are positive whole"),
+        (ScaleProfile((8, -3) * 3), RewriteError, "width 1 .* is -3; widths are positive whole"),
+        (ScaleProfile((8.5,) * 6), RewriteError, "width 0 .* is 8.5; widths are positive whole"),
+        (ScaleProfile((NAN,) * 6), RewriteError, "width 0 .* is nan; widths are positive whole"),
+        (ScaleProfile(("a",) * 6), RewriteError, "width 0 .* is 'a'; widths are positive whole"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40] if isinstance(value, Rewrite) else "",
 )
 def test_bad_rules(rule, error, message):
     with pytest.raises(error, match=message):
         rewrite(WideResNet(16, 1.0), rule, example=IMAGE)
+
+
+class WithSide(nn.Module):
+    """A residual block that hands a second value along."""
+
+    @nn.compact
+    def __call__(self, x, side):
+        y = nn.Conv(x.shape[-1], (3, 3))(x)
+        return x + y, side + y.mean()
+
+
+class WithSides(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x, side = nn.Conv(8, (3, 3), name="stem")(x), jnp.zeros(())
+        for i in range(2):
+            x, side = WithSide(name=f"block{i}")(x, side)
+        return nn.Dense(10, name="head")(x.mean((1, 2))) + side
+
+
+def test_blocks_that_return_several_arrays():
+    with pytest.raises(RewriteError, match="ScaleDepth: block 'block0' returns "):
+        rewrite(WithSides(), ScaleDepth(0.5), example=IMAGE)
+    with pytest.raises(RewriteError, match="'block1' cannot be dropped"):
+        rewrite(WithSides(), ScaleDepth(drop=("block1",)), example=IMAGE)
 
 
 # --- inner widths ---
@@ -235,7 +286,7 @@ def reference(name):
 def test_families_of_wide_residual_networks():
     """Width, depth and bottleneck of WRN-40-2, as counted from the published code."""
     rows = reference("reduced_wrn_counts.csv")
-    seen = 0
+    seen, shallower = 0, {}
     for row in rows:
         depth, width, z = (
             int(row["depth"]),
@@ -244,11 +295,17 @@ def test_families_of_wide_residual_networks():
         )
         if width == 1.0:  # as wide as the stem, so that the native network has one projection less
             continue
-        rules = [ScaleDepth((depth - 4) // 6 / 6)] if depth != 40 else []
-        rules += [ScaleWidth(width / 2, 1, "stem")] if width != 2 else []
+        if depth not in shallower:
+            made = rewrite(WideResNet(40, 2.0), ScaleDepth((depth - 4) // 6 / 6), example=IMAGE)
+            shallower[depth] = sites(made, IMAGE)
+        found = shallower[depth]
+        rules = [ScaleWidth(width / 2, 1, "stem")] if width != 2 else []
         rules += [Bottleneck(z)] if z != 1 else []
-        made = rewrite(WideResNet(40, 2.0), *rules, example=IMAGE)
-        assert parameters(made, IMAGE) == int(row["params"]), row
+        if len(rules) == 1:
+            count = parameters_resized(found, rules[0].written_out(found))
+        else:
+            count = parameters(rewrite(found.net, *rules, example=IMAGE), IMAGE)
+        assert count == int(row["params"]), row
         seen += 1
     assert seen >= 15
 
@@ -324,17 +381,19 @@ def test_bottleneck_is_one_factor_for_all():
 
 
 def test_a_profile_makes_a_family():
-    profile = (6, 14, 20, 31, 64, 100)
-    net = WideResNet(16, 2.0)
+    profile = (6, 20, 50)
+    net = WideResNet(10, 1.0)
     for factor in (1.0, 0.5, 1.2):
         made = rewrite(net, ScaleProfile(profile, factor), example=IMAGE)
         shapes = jax.eval_shape(made.init, KEY, jnp.zeros(IMAGE.shape))["params"]
-        names = [f"stage{s}_block{b}" for s in (1, 2, 3) for b in (0, 1)]
+        names = [f"stage{s}_block0" for s in (1, 2, 3)]
         assert [shapes[n]["conv2"]["kernel"].shape[2] for n in names] == [
             int(p * factor) for p in profile
         ]
     # Narrower blocks start from the wide ones.
-    variables = net.init(KEY, jnp.zeros(IMAGE.shape))
+    specs = jax.eval_shape(net.init, KEY, jnp.zeros(IMAGE.shape))
+    draw = np.random.default_rng(0)
+    variables = jax.tree.map(lambda s: jnp.asarray(draw.normal(size=s.shape), s.dtype), specs)
     made = rewrite(net, ScaleProfile(profile), example=IMAGE)
     carried, report = carry(net, made, variables, example=IMAGE, key=KEY)
     assert not report.fresh
@@ -348,7 +407,7 @@ def test_a_profile_makes_a_family():
 
 
 def test_resolution():
-    net = WideResNet(10, 1.0)
+    net = resnet((1,), PreActBlock, 16, (16,))
     images = jax.random.normal(KEY, (2, 32, 32, 3))
     variables = net.init(KEY, images)
     made = rewrite(net, ScaleResolution(0.5), example=images)
@@ -360,5 +419,5 @@ def test_resolution():
     both = rewrite(made, ScaleWidth(0.5), example=images)
     assert from_record(to_record(both)) == both
     assert rewrite(net, ScaleResolution(1.0), example=images) is net
-    with pytest.raises(RewriteError, match="resolution cannot be scaled"):
+    with pytest.raises(RewriteError, match="Dense takes an input of shape"):
         rewrite(nn.Dense(3), ScaleResolution(0.5), example=jnp.zeros((2, 4)))

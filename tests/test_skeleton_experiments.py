@@ -3,18 +3,23 @@
 import csv
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.skeletons import compare, throughput
-from experiments.skeletons.families import SCHEMES, members
+from experiments.skeletons.families import SCHEMES, blocks_in_a_stage, members
+from experiments.skeletons.pictures import COLOURS
 from experiments.skeletons.throughput import Point, summary, throughput_at
+from nnopt.core import rewrite
 from nnopt.costs import parameters
 from nnopt.data import load
-from nnopt.networks import WideResNet
+from nnopt.networks import PreActBlock, ResNet, named
+from nnopt.rewrites import ScaleDepth
 
+NET = ResNet((2,), PreActBlock, widths=(16,), stem_features=8)
 IMAGES = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
 
 
@@ -23,10 +28,10 @@ def point(scheme, count, ms, batch=1):
 
 
 def test_families():
-    net = WideResNet(16, 1.0)
+    net = NET
     variables = net.lazy_init(jax.random.key(1), IMAGES)
     labels = jnp.arange(8, dtype=jnp.int32)
-    family = list(members(net, variables, IMAGES, labels, points=2, blocks=2))
+    family = list(members(net, variables, IMAGES, labels, points=2))
     assert {m.scheme for m in family} == {"base", *SCHEMES}
     assert family[0].net is net
     sizes = {}
@@ -35,7 +40,49 @@ def test_families():
     for scheme, counts in sizes.items():
         assert counts == sorted(counts, reverse=True), scheme
         assert all(c < sizes["base"][0] for c in counts) or scheme in ("base", "Fisher profile")
-    assert sizes["depth"] == [parameters(WideResNet(10, 1.0), IMAGES)]
+    shallow = rewrite(net, ScaleDepth(drop=("stage1_block1",)), example=IMAGES)
+    assert sizes["depth"] == [parameters(shallow, IMAGES)]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("wrn-40-2", 6), ("wrn-16-1", 2), ("preact-resnet-18", 2), ("resnet-34", 6)],
+)
+def test_blocks_in_a_stage(name, blocks):
+    assert blocks_in_a_stage(named(name, 10), (32, 32, 3)) == blocks
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "message"),
+    [
+        (throughput.main, ["--network=nothing"], "no network is named 'nothing'"),
+        (throughput.main, ["--network=vgg-16"], "has no module that adds a branch"),
+        (throughput.main, ["--batches=0"], "--batches is 0; give whole numbers from 1"),
+        (throughput.main, ["--batches", "1", "-2"], "--batches is 1 -2; "),
+        (throughput.main, ["--points=0"], "--points is 0; "),
+        (throughput.main, ["--repeats=0"], "--repeats is 0; "),
+        (compare.main, ["--quick", "--network=nothing"], "no network is named 'nothing'"),
+        (compare.main, ["--quick", "--network=vgg-16"], "has no module that adds a branch"),
+        (compare.main, ["--batches=0"], "--batches is 0; "),
+        (
+            compare.main,
+            ["--fractions", "0.5", "1.5"],
+            "--fractions is 0.5 1.5; give numbers between",
+        ),
+        (compare.main, ["--fractions=nan"], "--fractions is nan; "),
+        (compare.main, ["--seed=-1"], "the seed is -1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(tmp_path, monkeypatch, capsys, run, options, message):
+    monkeypatch.setattr(nn.Module, "lazy_init", lambda self, *_, **__: {})  # slow, and not needed
+    with pytest.raises(SystemExit) as stop:
+        run([*options, f"--out={tmp_path / 'out'}"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_interpolation_is_linear_in_logarithms():
@@ -49,6 +96,9 @@ def test_interpolation_is_linear_in_logarithms():
 
 
 def test_pictures(tmp_path):
+    assert set(COLOURS) == {*SCHEMES, *compare.SCHEMES}
+    for schemes in (SCHEMES, compare.SCHEMES):
+        assert len({COLOURS[s] for s in schemes}) == len(schemes)
     points = [
         point(s, n, 8.0 * n / 1e6, b)
         for b in (1, 8)
@@ -67,16 +117,19 @@ def test_a_comparison(tmp_path, monkeypatch, capsys):
     some = {k: compare.SCHEMES[k] for k in ("Fisher, tuned", "Fisher profile")}
     monkeypatch.setattr(compare, "SCHEMES", some)
     digits = load("digits").subset(128, 40)
+    train, test = (np.ascontiguousarray(i[:, ::2, ::2]) for i in (digits.train_images, digits.test_images))  # fmt: skip
+    digits = dataclasses.replace(digits, train_images=train, test_images=test)
     monkeypatch.setattr(compare, "load", lambda *_: digits)
+    monkeypatch.setattr(compare, "network_named", lambda *_: NET)
     options = [
         "--quick",
-        "--network=wrn-10-1",
+        "--network=some-net",
         "--fractions=0.9",
         "--batches=1",
         f"--out={tmp_path}",
     ]
     compare.main(options)
-    base = parameters(WideResNet(10, 1.0), jnp.zeros((1, *digits.image_shape)))
+    base = parameters(NET, jnp.zeros((1, *digits.image_shape)))
     rows = list(csv.DictReader((tmp_path / "compare.csv").read_text().splitlines()))
     assert [r["scheme"] for r in rows] == ["base", *some]
     assert int(rows[0]["parameters"]) == base

@@ -23,14 +23,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.skeletons.families import Member
+from experiments.skeletons.families import Member, blocks_in_a_stage, check_counts
+from experiments.skeletons.pictures import curves
 from experiments.skeletons.throughput import Point, timed
 from nnopt.cli.bars import Bars
 from nnopt.core import load_record
 from nnopt.core.files import write_whole
 from nnopt.data import Augmentation, load
-from nnopt.errors import NnoptError
-from nnopt.networks import named
+from nnopt.errors import NnoptError, PruneError, SearchError
+from nnopt.search.blockswap import network_named
+from nnopt.search.folders import writing_to
 from nnopt.search.pruning import PruneJob, prune_network
 from nnopt.training import (
     CLOSER_LOOK_TUNING_WRN,
@@ -54,9 +56,6 @@ SCHEMES: dict[str, tuple[Any, Any]] = {
     "L1, from scratch": ("scratch", "l1"),
     "Fisher profile": ("profile", "fisher"),
 }
-_COLOURS = (
-    "#0b6e4f", "#1d9a6c", "#e09f3e", "#9e2a2b", "#c65b7c", "#540b0e", "#7a3e55", "#7a7a7a",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +79,12 @@ class CompareCommand:
 
     def run(self) -> None:
         """Makes the networks, times them, prints, draws."""
+        self._check()
         console = Console()
         dataset = load("digits") if self.quick else load("cifar10", self.data_dir)
         name = self.network or ("wrn-16-1" if self.quick else "wrn-40-2")
-        base = named(name, len(dataset.classes))
+        base = network_named(name, len(dataset.classes))
+        blocks_in_a_stage(base, dataset.image_shape)  # before the base is trained
         recipe, steps, at_once = CLOSER_LOOK_WRN, 100, 1
         tuning = dataclasses.replace(CLOSER_LOOK_TUNING_WRN, epochs=1)
         if self.quick:
@@ -117,10 +118,20 @@ class CompareCommand:
                 batch: timed(family, batch, dataset.image_shape, 15, bars) for batch in self.batches
             }
         errors = [error for *_, error in rows]
-        self._write(errors, points)
-        figure(errors, points, f"{name}, {dataset.name}").savefig(self.out / "compare.png", dpi=130)
+        with writing_to(self.out):
+            self._write(errors, points)
+            picture = figure(errors, points, f"{name}, {dataset.name}")
+            picture.savefig(self.out / "compare.png", dpi=130)
         console.print(table(errors, points, dataset.split_note))
         console.print(f"{self.out / 'compare.csv'}, {self.out / 'compare.png'}", highlight=False)
+
+    def _check(self) -> None:
+        check_counts(batches=self.batches)
+        if not self.fractions or not all(0 < f < 1 for f in self.fractions):
+            given = " ".join(map(str, self.fractions)) or "empty"
+            raise PruneError(f"--fractions is {given}; give numbers between 0 and 1")
+        if not 0 <= self.seed < 2**32:
+            raise SearchError(f"the seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
 
     def _base(
         self, base: Any, dataset: Any, recipe: Recipe, bars: Bars
@@ -176,18 +187,9 @@ def figure(errors: Sequence[float], points: dict[int, list[Point]], title: str) 
     first = next(iter(points.values()))
     for number, (label, values) in enumerate(panels.items()):
         axes = made.add_subplot(1, len(panels), number + 1)
-        for scheme, colour in zip(SCHEMES, _COLOURS, strict=False):
-            line = sorted(
-                (p.parameters / 1e6, v)
-                for p, v in zip(first, values, strict=True)
-                if p.scheme in (scheme, "base")
-            )
-            style = "-" if scheme in ("depth", "width", "bottleneck") else "--"
-            axes.plot(*zip(*line, strict=True), style, marker="o", ms=3.5, lw=1.3, color=colour, label=scheme)  # fmt: skip
-        axes.set_xlabel("parameters, millions")
+        drawn = [(p.scheme, p.parameters, v) for p, v in zip(first, values, strict=True)]
+        curves(axes, SCHEMES, drawn)
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
         if number == 0:
             axes.set_title(title, fontsize=10)
             axes.legend(fontsize=7)

@@ -1,14 +1,17 @@
 """The families of networks that are compared: a base network made smaller in every way there is."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnopt.core import Example, channel_groups, rewrite
+from experiments.skeletons.pictures import SCALED
+from nnopt.core import Example, ResidualBlocks, channel_groups, rewrite, sites
+from nnopt.errors import PruneError
 from nnopt.rewrites import (
     Bottleneck,
     Rewrite,
@@ -30,7 +33,7 @@ from nnopt.typing import Variables
 SCHEMES = (
     "depth", "width", "bottleneck", "bottleneck x 8", "Fisher", "L1", "random", "Fisher profile",
 )  # fmt: skip
-PRUNED = ("Fisher", "L1", "random", "Fisher profile")
+PRUNED = tuple(s for s in SCHEMES if s not in SCALED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,37 @@ class Member:
     net: nn.Module
 
 
+def check_counts(**options: int | Sequence[int]) -> None:
+    """Refuses numbers below one, and empty lists of them.
+
+    Args:
+        **options: values of options of the command line, by their names.
+
+    Raises:
+        PruneError: what was given, for which option.
+    """
+    for name, values in options.items():
+        numbers = [values] if isinstance(values, int) else list(values)
+        if not numbers or min(numbers) < 1:
+            given = " ".join(map(str, numbers)) or "empty"
+            raise PruneError(f"--{name} is {given}; give whole numbers from 1")
+
+
+def blocks_in_a_stage(net: nn.Module, image: tuple[int, ...]) -> int:
+    """Residual blocks in the longest stage, those that return the same shape.
+
+    Args:
+        net: the network.
+        image: shape of an image, `(height, width, channels)`.
+
+    Raises:
+        SelectionError: it has no residual blocks.
+    """
+    example = Example(jax.ShapeDtypeStruct((1, *image), jnp.float32))
+    shapes = (site.outputs.shape for site in ResidualBlocks()(sites(net, example)))
+    return max(Counter(shapes).values())
+
+
 def members(
     base: nn.Module,
     variables: Variables,
@@ -56,7 +90,6 @@ def members(
     *,
     points: int = 6,
     stem: str = "stem",
-    blocks: int = 6,
 ) -> Iterator[Member]:
     """The base network and its smaller relatives.
 
@@ -64,14 +97,17 @@ def members(
     those are found here in one shot at the given weights.
 
     Args:
-        base: a wide residual network.
+        base: a network of residual blocks.
         variables: its variables.
         images: `[batch, height, width, 3]`, of the minibatch for Fisher information.
         labels: `[batch]`.
         points: members of each family.
         stem: the module that scaling the width leaves alone.
-        blocks: of each stage.
+
+    Raises:
+        SelectionError: the base network has no residual blocks, or no such stem.
     """
+    blocks = blocks_in_a_stage(base, images.shape[1:])
     example = Example(jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32))
 
     def scaled(scheme: str, detail: str, rule: Rewrite) -> Member:

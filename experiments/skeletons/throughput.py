@@ -22,7 +22,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.skeletons.families import PRUNED, SCHEMES, Member, members
+from experiments.skeletons.families import PRUNED, SCHEMES, Member, check_counts, members
+from experiments.skeletons.pictures import curves
 from nnopt.backends import compile_network, measure
 from nnopt.cli.bars import Bars
 from nnopt.core import Example
@@ -30,11 +31,8 @@ from nnopt.core.files import write_whole
 from nnopt.costs import macs, parameters
 from nnopt.data import load, minibatch
 from nnopt.errors import NnoptError
-from nnopt.networks import named
-
-_COLOURS = (
-    "#0b6e4f", "#1d9a6c", "#e09f3e", "#b5651d", "#9e2a2b", "#c65b7c", "#7a7a7a", "#540b0e",
-)  # fmt: skip
+from nnopt.search.blockswap import network_named
+from nnopt.search.folders import writing_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +72,7 @@ class ThroughputCommand:
     """Time families of smaller networks against each other."""
 
     network: str = "wrn-40-2"
-    """Base network, a wide residual one."""
+    """Base network, one of residual blocks; an unknown name lists them all."""
     batches: tuple[int, ...] = (1, 64)
     """Images in a call."""
     points: int = 6
@@ -90,22 +88,23 @@ class ThroughputCommand:
 
     def run(self) -> None:
         """Compiles, times, prints, draws."""
+        check_counts(batches=self.batches, points=self.points, repeats=self.repeats)
         console = Console()
-        images, labels = minibatch(load(self.data), 64, jax.random.key(0))
-        net = named(self.network, 10)
+        dataset = load(self.data)
+        images, labels = minibatch(dataset, 64, jax.random.key(0))
+        net = network_named(self.network, len(dataset.classes))
         variables = net.lazy_init(jax.random.key(0), images[:1])
         with console.status("making the families"):
-            blocks = (int(self.network.split("-")[1]) - 4) // 6
-            family = list(
-                members(net, variables, images, labels, points=self.points, blocks=blocks)
-            )
+            family = list(members(net, variables, images, labels, points=self.points))
+        with writing_to(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
         points = []
         with Bars(console) as bars:
             for batch in self.batches:
                 points += timed(family, batch, images.shape[1:], self.repeats, bars)
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_csv(self.out / "throughput.csv", points)
-        picture(points, self.network).savefig(self.out / "throughput.png", dpi=130)
+        with writing_to(self.out):
+            write_csv(self.out / "throughput.csv", points)
+            picture(points, self.network).savefig(self.out / "throughput.png", dpi=130)
         for batch in self.batches:
             console.print(summary([p for p in points if p.batch == batch], batch))
         console.print(
@@ -202,18 +201,10 @@ def picture(points: Sequence[Point], network: str) -> Any:
 
     batches = sorted({p.batch for p in points})
     figure = Figure(figsize=(5.4 * len(batches), 4.4), layout="constrained")
-    colours = dict(zip(SCHEMES, _COLOURS, strict=True))
     for i, batch in enumerate(batches):
         axes = figure.add_subplot(1, len(batches), i + 1)
         here = [p for p in points if p.batch == batch]
-        for scheme in SCHEMES:
-            line = sorted(
-                (p for p in here if p.scheme in (scheme, "base")), key=lambda p: p.parameters
-            )
-            style = "--" if scheme in PRUNED else "-"
-            x, y = [p.parameters / 1e6 for p in line], [p.throughput for p in line]
-            axes.plot(x, y, style, marker="o", ms=3.5, lw=1.4, color=colours[scheme], label=scheme)
-        axes.set_xlabel("parameters, millions")
+        curves(axes, SCHEMES, [(p.scheme, p.parameters, p.throughput) for p in here])
         axes.set_ylabel("images / s")
         axes.set_xscale("log")
         ticks = [
@@ -223,9 +214,7 @@ def picture(points: Sequence[Point], network: str) -> Any:
         ]
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
         axes.set_title(f"{network}, batch {batch}, {here[0].platform}", fontsize=10)
-        axes.grid(alpha=0.25, which="both")
         if i == 0:
             axes.legend(fontsize=8, title="solid: scaled, dashed: pruned", title_fontsize=8)
     return figure
@@ -243,6 +232,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except NnoptError as error:
         print(f"throughput: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("throughput: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

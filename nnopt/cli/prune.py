@@ -1,6 +1,7 @@
 """`nnopt prune`: a smaller network, by pruning or by scaling its skeleton down."""
 
 import dataclasses
+import math
 import pathlib
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -68,11 +69,15 @@ class PruneCommand:
         # Imported here so that --help and bad flags answer at once.
         from nnopt.cli.networks import load_network
         from nnopt.data import load
-        from nnopt.errors import SearchError
+        from nnopt.errors import PruneError, SearchError
         from nnopt.search.pruning import PruneJob, prune_network
 
         if not 0 <= self.seed < 2**32:
             raise SearchError(f"the seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
+        if self.epochs is not None and self.epochs < 1:
+            raise PruneError(f"--epochs is {self.epochs}; give 1 or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise PruneError(f"--learning-rate is {self.learning_rate}; give a number above 0")
         budget = parse_budget(self.budget)
         dataset = load(self.data, self.data_dir)
         base = load_network(self.network, len(dataset.classes))
@@ -91,8 +96,9 @@ class PruneCommand:
         from nnopt.training import QUICK, PruneRecipe, Recipe
 
         small = data == "digits"
-        quick = dataclasses.replace(QUICK, epochs=self.epochs or QUICK.epochs)
-        recipe = quick if small else Recipe(epochs=self.epochs or 20)
+        recipe = QUICK if small else Recipe(epochs=20)
+        if self.epochs is not None:
+            recipe = dataclasses.replace(recipe, epochs=self.epochs)
         augmentation = recipe.augmentation if small else Augmentation(pad_mode="constant")
         tuning = Recipe(
             epochs=1,

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 
-from nnopt.core import Rewrite, Sites
+from nnopt.core import Sites
+from nnopt.core.channels import channel_groups_traced
 from nnopt.core.sites import count_leaves
 from nnopt.errors import BudgetError, RewriteError
 from nnopt.rewrites.resize import Resize
+from nnopt.rewrites.skeleton import Widths, resize_groups
 
 _STEPS = 14
 """Halvings of the range of factors."""
@@ -29,11 +31,11 @@ def parameters_resized(sites: Sites, rule: Resize) -> int:
 
 def largest_within(
     sites: Sites,
-    family: Callable[[float], Rewrite],
+    family: Callable[[float], Widths],
     budget: float,
     *,
     high: float = 1.0,
-) -> Rewrite:
+) -> Widths:
     """The rule of a family with the largest factor whose network has at most `budget` parameters.
 
     Args:
@@ -45,6 +47,7 @@ def largest_within(
     Raises:
         BudgetError: no factor leads to so small a network.
     """
+    groups = channel_groups_traced(sites)
     smallest: float = math.inf
     refusal: RewriteError | None = None
 
@@ -52,12 +55,10 @@ def largest_within(
         """Parameters of a member; None for a factor that leaves nothing of the network."""
         nonlocal smallest, refusal
         try:
-            written = family(factor).written_out(sites)
+            written = resize_groups(groups, family(factor).sizes(groups))
         except RewriteError as error:
             refusal = error
             return None
-        if not isinstance(written, Resize):
-            raise TypeError(f"{family(factor)} does not change widths")
         found = parameters_resized(sites, written)
         smallest = min(smallest, found)
         return found

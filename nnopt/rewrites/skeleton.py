@@ -9,18 +9,25 @@ from the first channels of the wide one.
 import abc
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from nnopt.core import ResidualBlocks, Rewrite, Selector, Site, Sites, select
 from nnopt.core.channels import ChannelGroup, ChannelGroups, channel_groups_traced
+from nnopt.core.example import spec_text
 from nnopt.core.paths import path_text
 from nnopt.errors import RewriteError
 from nnopt.layers import AtResolution, Identity
 from nnopt.rewrites.resize import Extent, Resize
 from nnopt.typing import Edits, Path
+
+_MOST_CHANNELS = 2**20
+_LONGEST_SIDE = 2**16
+"""Far above what any network has, and far below what a mistyped factor asks for."""
 
 
 def resize_groups(groups: ChannelGroups, sizes: Mapping[str, int]) -> Resize:
@@ -33,7 +40,7 @@ def resize_groups(groups: ChannelGroups, sizes: Mapping[str, int]) -> Resize:
 
     Raises:
         SelectionError: there is no such group.
-        RewriteError: a size below 1.
+        RewriteError: a size below 1, or above a million.
     """
     kept: dict[tuple[Path, int], np.ndarray] = {}
     grown: dict[tuple[Path, int], int] = {}
@@ -41,6 +48,10 @@ def resize_groups(groups: ChannelGroups, sizes: Mapping[str, int]) -> Resize:
         group = groups[name]
         if size < 1:
             raise RewriteError(f"{name!r} would be left with {size} channels; keep at least one")
+        if size > _MOST_CHANNELS:
+            raise RewriteError(
+                f"{name!r} would have {size:,} channels; give it {_MOST_CHANNELS:,} or fewer"
+            )
         if size == group.size:
             continue
         for member in group.members:
@@ -59,7 +70,43 @@ def resize_groups(groups: ChannelGroups, sizes: Mapping[str, int]) -> Resize:
     return Resize(tuple(extents))
 
 
-class _Widths(Rewrite):
+def _check_factor(rule: Rewrite, field: str, most: float = math.inf) -> None:
+    """Refuses what is no number above 0, infinity among it, or above `most`."""
+    value = getattr(rule, field)
+    if _is_number(value) and 0 < value < math.inf and value <= most:
+        return
+    bound = f" and up to {most:g}" if most < math.inf else ""
+    raise RewriteError(
+        f"{type(rule).__name__}: {field}={value!r}; give a finite number above 0{bound}"
+    )
+
+
+def _check_multiple(rule: Rewrite, multiple: Any) -> None:
+    if not (_is_number(multiple) and multiple >= 1 and multiple % 1 == 0):
+        raise RewriteError(
+            f"{type(rule).__name__}: multiple={multiple!r}; give a whole number from 1"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _scaled(name: str, width: float, factor: float) -> float:
+    """The width times the factor.
+
+    Raises:
+        RewriteError: it is beyond any network.
+    """
+    # Each for itself first: Python's integers multiply to more than a float holds.
+    if max(width, factor) > _MOST_CHANNELS or width * factor > _MOST_CHANNELS:
+        raise RewriteError(
+            f"a width of {width} x {factor} gives {name!r} more than {_MOST_CHANNELS:,} channels; give a smaller factor"
+        )
+    return width * factor
+
+
+class Widths(Rewrite):
     """A rule that sets the sizes of groups of channels."""
 
     @property
@@ -88,7 +135,7 @@ class _Widths(Rewrite):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleWidth(_Widths):
+class ScaleWidth(Widths):
     """Every convolution and dense layer but the last, `factor` times as wide.
 
     Before -> after with a factor of 1/2: `Conv(64) -> Conv(32)`, its batch norm and what reads it likewise. Numbers of groups stay
@@ -106,15 +153,13 @@ class ScaleWidth(_Widths):
     keep: Selector | str | None = None
 
     def sizes(self, groups: ChannelGroups) -> Mapping[str, int]:
-        """See `_Widths`.
+        """See `Widths`.
 
         Raises:
-            RewriteError: the factor is not positive, or leaves a layer without channels.
+            RewriteError: the factor or the multiple is not positive, or the factor leaves a layer without channels.
         """
-        if not (self.factor > 0 and math.isfinite(self.factor)) or self.multiple < 1:
-            raise RewriteError(
-                f"widths cannot be scaled by {self.factor} to multiples of {self.multiple}; give positive numbers"
-            )
+        _check_factor(self, "factor")
+        _check_multiple(self, self.multiple)
         chosen = select(groups.sites, self.keep).paths if self.keep is not None else ()
         return {
             name: self._size(group)
@@ -125,7 +170,7 @@ class ScaleWidth(_Widths):
     def _size(self, group: ChannelGroup) -> int:
         # A convolution in groups makes several outputs for each channel of its group.
         each = len(group.makers[0].indices) // group.size
-        wanted = group.size * each * self.factor
+        wanted = _scaled(group.name, group.size * each, self.factor)
         multiple = self.multiple if group.size * each % self.multiple == 0 else 1
         if wanted < 0.5 * each:
             raise RewriteError(
@@ -137,7 +182,7 @@ class ScaleWidth(_Widths):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bottleneck(_Widths):
+class Bottleneck(Widths):
     """The inner width of residual blocks, `z` times what it is: `block(64 -> 64 -> 64)` -> `block(64 -> int(64 z) -> 64)`.
 
     What only one block has is inner: between its convolutions. The widths of the residual stream stay, as they do when inner
@@ -152,14 +197,16 @@ class Bottleneck(_Widths):
     multiple: int = 1
 
     def sizes(self, groups: ChannelGroups) -> Mapping[str, int]:
-        """See `_Widths`.
+        """See `Widths`.
 
         Raises:
-            RewriteError: a factor that leaves a block without channels.
+            RewriteError: `z` or the multiple is not positive, or `z` leaves a block without channels.
         """
+        _check_factor(self, "z")
+        _check_multiple(self, self.multiple)
         found = {}
         for name in inner_groups(groups):
-            size = int(groups[name].size * self.z + 1e-9)
+            size = int(_scaled(name, groups[name].size, self.z) + 1e-9)
             if size < 1:
                 raise RewriteError(
                     f"an inner width of {groups[name].size} x {self.z} leaves {name!r} without channels; give a larger z"
@@ -169,23 +216,31 @@ class Bottleneck(_Widths):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleProfile(_Widths):
+class ScaleProfile(Widths):
     """Inner widths from a list, such as those that pruning has left, times a factor: one pruned network makes a family.
 
     Attributes:
-        profile: a width for each inner group of channels, in the order of the network.
+        profile: a width for each inner group of channels, in the order of the network; positive whole numbers.
         factor: of all of them.
     """
 
-    profile: tuple[float, ...]
+    profile: tuple[int, ...]
     factor: float = 1.0
 
     def sizes(self, groups: ChannelGroups) -> Mapping[str, int]:
-        """See `_Widths`.
+        """See `Widths`.
 
         Raises:
-            RewriteError: the profile has another length than the network has inner widths, or leaves one empty.
+            RewriteError: a width is no positive whole number, the profile has another length than the network has inner widths, or
+                the factor leaves one empty.
         """
+        for number, width in enumerate(self.profile):
+            # Infinity and NaN are no multiples of 1 either.
+            if not (_is_number(width) and width > 0 and width % 1 == 0):
+                raise RewriteError(
+                    f"ScaleProfile: width {number} of the profile is {width!r}; widths are positive whole numbers"
+                )
+        _check_factor(self, "factor")
         names = inner_groups(groups)
         if len(names) != len(self.profile):
             raise RewriteError(
@@ -194,7 +249,7 @@ class ScaleProfile(_Widths):
             )
         found = {}
         for name, width in zip(names, self.profile, strict=True):
-            found[name] = int(width * self.factor + 1e-9)
+            found[name] = int(_scaled(name, width, self.factor) + 1e-9)
             if found[name] < 1:
                 raise RewriteError(
                     f"a width of {width} x {self.factor} leaves {name!r} without channels; give a larger factor"
@@ -235,16 +290,14 @@ class ScaleDepth(Rewrite):
         """See `Rewrite`.
 
         Raises:
-            RewriteError: both or neither of factor and drop, a factor outside of 0 to 1, or a block that changes the shape.
+            RewriteError: both or neither of factor and drop, a factor outside of 0 to 1, a block to drop that changes the shape, or
+                a factor for blocks that return several arrays.
             SelectionError: the network has no residual blocks, or none at a path to drop.
         """
         if (self.factor is None) == (not self.drop):
             raise RewriteError("ScaleDepth takes either a factor or the blocks to drop")
         if self.factor is not None:
-            if not 0 < self.factor <= 1:
-                raise RewriteError(
-                    f"depth cannot be scaled by {self.factor}; give a factor above 0 and up to 1"
-                )
+            _check_factor(self, "factor", 1.0)
             return {path: Identity() for path in self._spread(ResidualBlocks()(sites))}
         for path in self.drop:
             if not _keeps_shape(sites[path]):
@@ -273,9 +326,18 @@ def _keeps_shape(site: Site) -> bool:
 
 
 def _stages(blocks: Sites) -> list[list[Site]]:
-    """Neighbouring blocks that return the same shape."""
+    """Neighbouring blocks that return the same shape.
+
+    Raises:
+        RewriteError: a block does not return one array.
+    """
     stages: list[list[Site]] = []
     for site in blocks:
+        if not hasattr(site.outputs, "shape"):
+            raise RewriteError(
+                f"ScaleDepth: block {path_text(site.path)!r} returns {spec_text(site.outputs)} and not one array, so that stages "
+                "cannot be told apart; name the blocks that go, with drop=(...)"
+            )
         same = bool(stages) and stages[-1][-1].outputs.shape == site.outputs.shape
         if not same or not _keeps_shape(site):
             stages.append([])
@@ -297,15 +359,23 @@ class ScaleResolution(Rewrite):
         """See `Rewrite`.
 
         Raises:
-            RewriteError: a factor that is not positive, or a network that takes no images.
+            RewriteError: a factor that is not positive, or that leaves no pixel or far too many, or a network that takes no images.
         """
+        _check_factor(self, "factor")
         root = sites[()]
         shape = getattr(root.inputs[0], "shape", ()) if root.inputs else ()
-        if len(shape) != 4 or not 0 < self.factor < math.inf:
+        if len(shape) != 4:
             raise RewriteError(
-                f"resolution cannot be scaled by {self.factor} on an input of shape {tuple(shape)}; give a positive factor and a "
-                "network of images [batch, height, width, channels]"
+                f"ScaleResolution: {type(sites.net).__name__} takes an input of shape {tuple(shape)}; give a network of images "
+                "[batch, height, width, channels]"
             )
+        # A side of one pixel cannot shrink, and `AtResolution` leaves it.
+        for side in (n for n in shape[1:3] if n > 1):
+            if not 1 <= round(side * min(self.factor, _LONGEST_SIDE)) <= _LONGEST_SIDE:
+                raise RewriteError(
+                    f"ScaleResolution: {side} pixels cannot be scaled by {self.factor}; give a factor that leaves 1 to "
+                    f"{_LONGEST_SIDE:,} of them"
+                )
         return {(): AtResolution(root.module, self.factor)} if self.factor != 1 else {}
 
     def carry(

@@ -50,6 +50,37 @@ def claim_folder(folder: pathlib.Path, kind: str, settings: dict[str, Any]) -> p
 
 
 @contextlib.contextmanager
+def claimed(folder: pathlib.Path, kind: str, settings: dict[str, Any]) -> Iterator[pathlib.Path]:
+    """`claim_folder` for the length of a job; one that fails before it has written anything leaves the folder as it was.
+
+    So bad input claims nothing: the corrected command finds its folder free.
+
+    Args:
+        folder: see `claim_folder`.
+        kind: see `claim_folder`.
+        settings: see `claim_folder`.
+
+    Yields:
+        The folder.
+
+    Raises:
+        ResultFolderError: see `claim_folder`.
+    """
+    marker = folder / f"{kind}.json"
+    new_folder, new_marker = not folder.exists(), not marker.exists()
+    try:
+        yield claim_folder(folder, kind, settings)
+    except BaseException:
+        # An error on the way must not hide the one that is raised.
+        with contextlib.suppress(OSError):
+            if new_marker and not any(p != marker for p in folder.iterdir()):
+                marker.unlink(missing_ok=True)
+                if new_folder:
+                    folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def writing_to(folder: pathlib.Path) -> Iterator[None]:
     """Turns what the file system refuses into a `ResultFolderError`."""
     try:
@@ -64,11 +95,14 @@ def read_json(path: pathlib.Path, remedy: str) -> Any:
     """The content of a JSON file, or None where there is no file.
 
     Raises:
-        ResultFolderError: it is not JSON.
+        ResultFolderError: it is not JSON, or `null`.
     """
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise ResultFolderError(f"cannot read {path}: {e}; {remedy}") from e
+    if found is None:
+        raise ResultFolderError(f"{path} is damaged: it holds null; {remedy}")
+    return found

@@ -20,11 +20,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nnopt.core import Example, channel_groups, fingerprint, rewrite, save_record, sites
+from nnopt.core import (
+    Example,
+    Sites,
+    channel_groups,
+    fingerprint,
+    save_record,
+    sites,
+)
 from nnopt.core.files import write_whole
+from nnopt.core.rewrite import rewrite_traced
 from nnopt.costs import macs, parameters
 from nnopt.data import Dataset
-from nnopt.errors import BudgetError, CheckpointError, PruneError
+from nnopt.errors import (
+    BudgetError,
+    CheckpointError,
+    NnoptError,
+    PruneError,
+    ResultFolderError,
+    UnsupportedNetworkError,
+)
 from nnopt.rewrites import (
     Bottleneck,
     Rewrite,
@@ -34,7 +49,7 @@ from nnopt.rewrites import (
     inner_groups,
     largest_within,
 )
-from nnopt.search.folders import claim_folder, read_json, writing_to
+from nnopt.search.folders import claimed, read_json, writing_to
 from nnopt.search.latency import Watcher, latency_against_base
 from nnopt.training import (
     Pruner,
@@ -51,6 +66,8 @@ from nnopt.training import (
 from nnopt.typing import Variables
 
 Scheme = Literal["tune", "scratch", "width", "depth", "bottleneck", "profile"]
+FORMAT = "nnopt prune result"
+VERSION = 1
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 
@@ -67,7 +84,10 @@ class PruneJob:
         pruning: how channels are removed.
         seed: of everything random.
         keep: path of a module that `width` leaves as wide as it is, such as the stem of a wide residual network.
-        profile: inner widths.
+        profile: inner widths, for scheme `profile` alone.
+
+    Raises:
+        PruneError: a value that the scheme does not look at, or one that it needs and does not get.
     """
 
     scheme: Scheme
@@ -77,6 +97,20 @@ class PruneJob:
     seed: int = 0
     keep: str | None = None
     profile: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.scheme != "width":
+            raise PruneError(
+                f"only scheme width keeps a module as wide as it is; leave out --keep {self.keep}, or give --scheme width"
+            )
+        if self.profile and self.scheme != "profile":
+            raise PruneError(
+                f"scheme {self.scheme} takes no inner widths; leave out --profile, or give --scheme profile"
+            )
+        if not self.profile and self.scheme == "profile":
+            raise PruneError(
+                "scheme profile scales a list of inner widths; give it with --profile, such as the inner widths of a pruned network"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -127,7 +161,8 @@ def prune_network(
 
     Raises:
         BudgetError: no network of this kind is so small.
-        ResultFolderError, CheckpointError: see `claim_folder` and `load_checkpoint`.
+        UnsupportedNetworkError: the network does not run on the images.
+        ResultFolderError, CheckpointError: see `claim_folder` and `load_checkpoint`; or `result.json` is damaged.
     """
     settings = {
         **job.to_json(),
@@ -135,25 +170,45 @@ def prune_network(
         "data": dataset.name,
         "checkpoint": str(checkpoint) if checkpoint is not None else None,
     }
-    place = claim_folder(folder, "prune", settings)
-    done = read_json(place / "result.json", "remove it, and the same command writes it again")
-    if done is not None:
-        return PruneResult(place, done)
-    example = Example(jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32), **mode_of(base, False))  # fmt: skip
+    with claimed(folder, "prune", settings) as place:
+        summary = _read_result(place)
+        if summary is None:
+            summary = _made(job, settings, base, dataset, place, watcher, checkpoint)
+            with writing_to(place):
+                write_whole(place / "result.json", json.dumps(summary, indent=1) + "\n")
+    return PruneResult(place, summary)
+
+
+def _made(
+    job: PruneJob,
+    settings: dict[str, Any],
+    base: nn.Module,
+    dataset: Dataset,
+    place: pathlib.Path,
+    watcher: Watcher,
+    checkpoint: pathlib.Path | None,
+) -> dict[str, Any]:
+    """Makes the network and writes it down; returns what `result.json` is to say.
+
+    What can be checked is checked before anything is trained.
+    """
+    began = time.perf_counter()
+    found = _traced(base, dataset)
+    example = found.example
     whole = parameters(base, example)
     if job.budget >= whole:
         raise BudgetError(
             f"the budget is {job.budget:,} parameters, and the network has {whole:,}; give a smaller budget"
         )
-    began = time.perf_counter()
     rows: list[PruneRow] = []
-    base_variables: Variables | None = None
+    variables: Variables | None = None
+    base_variables: Variables = base.lazy_init(job.key(0), *example.args, **example.kwargs)
     if job.scheme in ("tune", "scratch"):
-        base_variables = _base(job, base, dataset, example, place, watcher, checkpoint)
-        small, variables, rows = _pruned(job, base, base_variables, dataset, place, watcher)
+        pruner = _pruner(job, base, dataset)
+        base_variables = _base(job, base, base_variables, dataset, place, watcher, checkpoint)
+        small, variables, rows = _pruned(job, pruner, base, base_variables, place, watcher)
     else:
-        small = rewrite(base, _rule(job, base, example), example=example)
-        variables = None
+        small = rewrite_traced(found, _rule(job, found))
     if job.scheme != "tune":
         fresh = small.lazy_init(job.key(2), *example.args, **example.kwargs)
         variables, _ = train_in(
@@ -162,14 +217,12 @@ def prune_network(
             on_epoch=lambda row: watcher.advance(f"test accuracy {row.test_accuracy:.1%}"),
         )  # fmt: skip
     assert variables is not None
-    if base_variables is None:
-        base_variables = base.lazy_init(job.key(0), *example.args, **example.kwargs)
     with writing_to(place):
         save_record(small, place / "network.json")
     save_checkpoint(place / "checkpoint", small, variables)
     summary = {
-        "format": "nnopt prune result",
-        "version": 1,
+        "format": FORMAT,
+        "version": VERSION,
         "job": settings,
         "parameters": parameters(small, example),
         "base_parameters": whole,
@@ -186,9 +239,71 @@ def prune_network(
     }  # fmt: skip
     if job.scheme == "tune":
         summary["base_test_accuracy"] = evaluate_test(base, base_variables, dataset)
-    with writing_to(place):
-        write_whole(place / "result.json", json.dumps(summary, indent=1) + "\n")
-    return PruneResult(place, summary)
+    return summary
+
+
+_NUMBER = (int, float)
+_FIELDS: dict[str, Any] = {
+    "parameters": int, "base_parameters": int, "macs": int, "base_macs": int, "test_accuracy": _NUMBER, "split_note": str,
+    "inner_widths": list, "rounds": list, "latency": dict,
+}  # fmt: skip
+"""What whoever reads a result relies on."""
+
+
+def _read_result(place: pathlib.Path) -> dict[str, Any] | None:
+    """The content of `result.json`, or None where there is no such file.
+
+    Raises:
+        ResultFolderError: it is not what `prune_network` wrote.
+    """
+    path = place / "result.json"
+    remedy = "remove it, and the same command writes it again"
+    summary = read_json(path, remedy)
+    if summary is None:
+        return None
+    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        raise ResultFolderError(f'{path} does not have "format": "{FORMAT}"; {remedy}')
+    if summary.get("version") != VERSION:
+        raise ResultFolderError(
+            f"{path} is of version {summary.get('version')!r}, this nnopt reads {VERSION}; {remedy}"
+        )
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(summary.get(name), kind)]
+    if "latency" not in wrong and not all(map(_is_latency, summary["latency"].values())):
+        wrong.append("latency")
+    if not isinstance(summary.get("base_test_accuracy", 0.0), _NUMBER):
+        wrong.append("base_test_accuracy")
+    if wrong:
+        raise ResultFolderError(f"{path} is damaged: it has no valid {wrong[0]!r}; {remedy}")
+    return summary
+
+
+def _is_latency(row: Any) -> bool:
+    """Whether this is a row of `latency_against_base`."""
+    try:
+        values = row["base"]["median_ms"], row["small"]["median_ms"], row["speedup"]["median"]
+    except (KeyError, TypeError):
+        return False
+    return all(isinstance(v, _NUMBER) for v in values)
+
+
+def _traced(base: nn.Module, dataset: Dataset) -> Sites:
+    """The sites of the network, called on an image in evaluation mode.
+
+    Raises:
+        UnsupportedNetworkError: it does not run on the images of the data set.
+    """
+    image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    example = Example(image, **mode_of(base, False))
+    try:
+        return sites(base, example)
+    except NnoptError:
+        raise
+    except Exception as e:  # whatever a network's author, Flax or JAX raises
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UnsupportedNetworkError(
+            f"{type(base).__name__} does not run on images of {' x '.join(map(str, dataset.image_shape))} when it is called "
+            f"with {example} ({reason}); give another --network"
+        ) from e
 
 
 def inner_widths(net: nn.Module, example: Any) -> list[int]:
@@ -201,12 +316,11 @@ def inner_widths(net: nn.Module, example: Any) -> list[int]:
     return found
 
 
-def _rule(job: PruneJob, base: nn.Module, example: Example) -> Rewrite:
+def _rule(job: PruneJob, found: Sites) -> Rewrite:
     """The rewrite of a scheme that scales: its largest factor within the budget."""
-    found = sites(base, example)
     if job.scheme == "depth":
         steps = [ScaleDepth(i / 12) for i in range(11, 0, -1)]
-        sizes = [parameters(rewrite(base, rule, example=example), example) for rule in steps]
+        sizes = [parameters(rewrite_traced(found, rule), found.example) for rule in steps]
         for rule, size in zip(steps, sizes, strict=True):
             if size <= job.budget:
                 return rule
@@ -217,26 +331,22 @@ def _rule(job: PruneJob, base: nn.Module, example: Example) -> Rewrite:
         return largest_within(found, lambda f: ScaleWidth(f, 1, job.keep), job.budget)
     if job.scheme == "bottleneck":
         return largest_within(found, Bottleneck, job.budget)
-    if not job.profile:
-        raise PruneError(
-            "scheme profile scales a list of inner widths; give it with --profile, such as the inner widths of a pruned network"
-        )
-    inner = inner_widths(base, example)
-    high = max((w / p for w, p in zip(inner, job.profile, strict=False) if p), default=1.0)
+    # Up to where the first group has the width of the base; a profile of bad widths is refused by the rule, at any factor.
+    inner = inner_widths(found.net, found.example)
+    high = max((w / p for w, p in zip(inner, job.profile, strict=False) if p > 0), default=1.0)
     return largest_within(found, lambda f: ScaleProfile(job.profile, f), job.budget, high=high)
 
 
 def _base(
     job: PruneJob,
     base: nn.Module,
+    fresh: Variables,
     dataset: Dataset,
-    example: Example,
     place: pathlib.Path,
     watcher: Watcher,
     checkpoint: pathlib.Path | None,
 ) -> Variables:
     """The trained variables of the base network."""
-    fresh = base.lazy_init(job.key(0), *example.args, **example.kwargs)
     if checkpoint is not None:
         return dict(load_checkpoint(checkpoint, base, fresh))
     variables, _ = train_in(
@@ -247,22 +357,31 @@ def _base(
     return variables
 
 
-def _pruned(
-    job: PruneJob,
-    base: nn.Module,
-    variables: Variables,
-    dataset: Dataset,
-    place: pathlib.Path,
-    watcher: Watcher,
-) -> tuple[nn.Module, Variables, list[PruneRow]]:
-    """The pruned network, its variables, and what each round came to."""
+def _pruner(job: PruneJob, base: nn.Module, dataset: Dataset) -> Pruner:
+    """What prunes.
+
+    Raises:
+        BudgetError: it cannot reach the budget.
+    """
     pruner = Pruner(base, dataset, job.pruning)
-    state = pruner.start(variables, job.key(4))
     if (least := pruner.smallest) > job.budget:
         raise BudgetError(
             f"without all channels that can go the network has {least:,} parameters, and the budget is {job.budget:,}; give a "
             "larger one, or let all channels go"
         )
+    return pruner
+
+
+def _pruned(
+    job: PruneJob,
+    pruner: Pruner,
+    base: nn.Module,
+    variables: Variables,
+    place: pathlib.Path,
+    watcher: Watcher,
+) -> tuple[nn.Module, Variables, list[PruneRow]]:
+    """The pruned network, its variables, and what each round came to."""
+    state = pruner.start(variables, job.key(4))
     folder, rows = place / "pruning", []
     if folder.exists():
         try:
