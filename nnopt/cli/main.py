@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from nnopt.cli.operators import OperatorsCommand
 from nnopt.cli.prune import PruneCommand
 from nnopt.cli.rewrite import RewriteCommand
 from nnopt.cli.score import ScoreCommand
@@ -20,6 +21,7 @@ Command = (
     | Annotated[PruneCommand, tyro.conf.subcommand("prune")]
     | Annotated[RewriteCommand, tyro.conf.subcommand("rewrite")]
     | Annotated[ShowCommand, tyro.conf.subcommand("show")]
+    | Annotated[OperatorsCommand, tyro.conf.subcommand("operators")]
 )
 
 _DESCRIPTION = """Make neural networks efficient: rewrite Flax networks, score the results without training, measure them.

@@ -10,7 +10,7 @@ around it all, and no transformation touches it.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nnopt.errors import NestError
 from nnopt.nests.index import Index, Term, whole
@@ -101,7 +101,7 @@ class Nest:
 
     def with_index(self, change: Callable[[str, Dim], Index]) -> "Nest":
         """Every index replaced; `change` is told the array's name and the dimension."""
-        new = {}
+        new: dict[str, Any] = {}
         for array in "yxk":
             dims: tuple[Dim, ...] = getattr(self, array)
             places = [change(array, dim) for dim in dims]

@@ -1,0 +1,414 @@
+"""Operators for a CIFAR ResNet-34: layer by layer, and a whole network of them.
+
+python -m experiments.operations.resnet34
+
+For every distinct convolution operators are generated and timed on this machine, beside the named ones, in one interleaved run;
+then the network's Fisher potential is computed with each of the faster ones in place of the first such layer. Legal operators are
+those with which it is not lower. The whole network then gets, layer by layer, the fastest operators with which *its* potential
+stays legal, and is timed against the original. A killed run takes up where it stopped. About 15 minutes on two cores.
+
+Writes `layers.csv`, `layers.png`, `network.json` (a record that `nnopt.core.load_record` reads) and `network.txt`.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.operations.candidates import (
+    Candidate,
+    Layer,
+    Legality,
+    candidates,
+    layers,
+    mutated,
+    timed,
+)
+from nnopt.backends import compile_network, describe_device, measure, speedup
+from nnopt.cli.bars import Bars
+from nnopt.core import Example, save_record
+from nnopt.core.files import write_whole
+from nnopt.costs import macs, parameters
+from nnopt.data import cifar10, minibatch
+from nnopt.errors import BudgetError, DataError, NnoptError
+from nnopt.nests import Program
+from nnopt.search.blockswap import network_named
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One operator of one layer; the convolution itself has an empty program and is named `conv`.
+
+    Attributes:
+        layer: its name.
+        name: of a named operator; empty for a generated one.
+        weights: number of them.
+        macs: of one image.
+        ms: median latency.
+        speedup: over the convolution, median of the rounds' ratios.
+        low: lower quartile of it.
+        high: upper quartile of it.
+        fisher: potential of the network with the operator, over that of the network as it is; NaN where it was not computed.
+        program: JSON.
+    """
+
+    layer: str
+    name: str
+    weights: int
+    macs: int
+    ms: float
+    speedup: float
+    low: float
+    high: float
+    fisher: float
+    program: str
+
+    @property
+    def legal(self) -> bool:
+        """Whether the network keeps its potential."""
+        return self.fisher >= 1.0
+
+    @property
+    def faster(self) -> bool:
+        """Whether it is, by the quartiles of the ratio and not by chance."""
+        return self.low > 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MutateCommand:
+    """Faster operators for the convolutions of a network, and the network made of them."""
+
+    network: str = "resnet-34"
+    """Name of a reference network for 32 x 32 images."""
+    count: int = 40
+    """Generated operators that are timed for each distinct convolution."""
+    tests: int = 10
+    """Generated operators, the fastest, whose legality is tested for each."""
+    batch: int = 1
+    """Images in a timed call."""
+    repeats: int = 15
+    """Timed rounds."""
+    fisher_batch: int = 32
+    """Images in the minibatch of the Fisher potential."""
+    seed: int = 0
+    """Of the draws and the minibatch."""
+    data_dir: str | None = None
+    """Folder of CIFAR-10; NNOPT_DATA by default."""
+    out: Annotated[pathlib.Path, tyro.conf.arg(metavar="FOLDER")] = pathlib.Path(
+        "results/operations"
+    )
+    """Result folder."""
+
+    def run(self) -> None:
+        """Layers, then the network."""
+        for name in ("count", "tests", "batch", "repeats", "fisher_batch"):
+            if getattr(self, name) < 1:
+                raise BudgetError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        console = Console() if sys.stdout.isatty() else Console(width=110)
+        net = network_named(self.network, 10)
+        images, labels = minibatch(
+            _cifar10(self.data_dir), self.fisher_batch, jax.random.key(self.seed)
+        )
+        example = Example(images[:1], train=False)
+        found = layers(net, example)
+        with Bars(console) as bars:
+            bars.phase("Fisher potential", 1)
+            legality = Legality(net, images, labels)
+            bars.advance(f"{legality.potential:.4g}")
+            rows: list[Row] = []
+            for number, layer in enumerate(found):
+                rows += self._layer(number, layer, legality, bars)
+            self._write(rows)
+            console.print(table(found, rows))
+            console.print(beaten(found, rows), highlight=False)
+            picture(found, rows).savefig(self.out / "layers.png", dpi=130)
+            chosen, ratio = self._chosen(found, rows, legality, bars, console)
+            small = mutated(net, chosen, example)
+            self._report(console, net, small, images, ratio, bars)
+
+    def _layer(self, number: int, layer: Layer, legality: Legality, bars: Bars) -> list[Row]:
+        """Rows of one layer, computed or read."""
+        path = self.out / f"layer{number}.json"
+        settings = {
+            f: getattr(self, f)
+            for f in ("network", "count", "tests", "batch", "repeats", "fisher_batch", "seed")
+        }
+        if path.exists():
+            stored = json.loads(path.read_text())
+            if stored["settings"] == settings:
+                return [Row(**row) for row in stored["rows"]]
+        tried = candidates(layer, self.count, np.random.default_rng([self.seed, number]))
+        times = timed(layer, tried, self.batch, self.repeats, bars)
+        by_speed = sorted(
+            (i for i, c in enumerate(tried) if not c.name), key=lambda i: times[1 + i]["ms"]
+        )
+        tested = {i for i, c in enumerate(tried) if c.name} | set(by_speed[: self.tests])
+        bars.phase(f"legality {layer.name}", len(tested))
+        rows = [
+            Row(
+                layer.name,
+                "conv",
+                int(np.prod(layer.operator.kernel)),
+                layer.operator.domain_size,
+                **times[0],
+                fisher=1.0,
+                program="[]",
+            )
+        ]
+        for i, candidate in enumerate(tried):
+            ratio = float("nan")
+            if i in tested:
+                ratio = legality.of({layer.paths[0]: candidate.program}) / legality.potential
+                bars.advance(f"{ratio:.3f}")
+            rows.append(_row(layer, candidate, times[1 + i], ratio))
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_whole(
+            path, json.dumps({"settings": settings, "rows": [dataclasses.asdict(r) for r in rows]})
+        )
+        return rows
+
+    def _chosen(
+        self,
+        found: Sequence[Layer],
+        rows: Sequence[Row],
+        legality: Legality,
+        bars: Bars,
+        console: Console,
+    ) -> tuple[dict[str, Program], float]:
+        """Path -> program of the fastest operators with which the network stays legal, and its potential over the original's."""
+        chosen: dict[str, Program] = {}
+        ratio = 1.0
+        base = {r.layer: r for r in rows if r.name == "conv"}
+        # Where most of the time is, first.
+        order = sorted(found, key=lambda layer: -base[layer.name].ms * len(layer.paths))
+        bars.phase("whole network", len(order))
+        for layer in order:
+            legal = sorted(
+                (r for r in rows if r.layer == layer.name and r.legal and r.faster),
+                key=lambda r: r.ms,
+            )
+            note = "stays"
+            for row in legal[:4]:
+                trial = chosen | dict.fromkeys(layer.paths, Program.from_json(row.program))
+                now = legality.of(trial) / legality.potential
+                if now >= 1.0:
+                    chosen, ratio, note = trial, now, f"{row.speedup:.2f}x"
+                    break
+            bars.advance(f"{layer.name}: {note}")
+        return chosen, ratio
+
+    def _report(
+        self, console: Console, net: Any, small: Any, images: jax.Array, ratio: float, bars: Bars
+    ) -> None:
+        """Times both networks in one run, writes the record."""
+        example = Example(
+            jax.ShapeDtypeStruct((self.batch, *images.shape[1:]), jnp.float32), train=False
+        )
+        bars.phase("compiling", 2)
+        compiled = {}
+        for name, network in (("original", net), ("mutated", small)):
+            fresh = network.lazy_init(jax.random.key(0), images[:1], train=False)
+            compiled[name] = compile_network(network, fresh, example)
+            bars.advance(name)
+        times = measure(compiled, repeats=4 * self.repeats)
+        over = speedup(times["original"], times["mutated"])
+        save_record(small, self.out / "network.json")
+        one = Example(images[:1], train=False)
+        lines = [
+            f"{self.network}, batch {self.batch}, {describe_device()['kind']}",
+            f"original: {times['original'].median_ms:.2f} ms, {parameters(net, one):,} parameters, {macs(net, one):,} MACs",
+            f"mutated:  {times['mutated'].median_ms:.2f} ms, {parameters(small, one):,} parameters, {macs(small, one):,} MACs",
+            f"speed-up {over.median:.2f} [{over.low:.2f}, {over.high:.2f}], Fisher potential {ratio:.3f} of the original's",
+        ]
+        write_whole(self.out / "network.txt", "\n".join(lines) + "\n")
+        console.print("\n".join(lines), highlight=False)
+        console.print(
+            f"{self.out / 'layers.csv'}, {self.out / 'layers.png'}, {self.out / 'network.json'}",
+            highlight=False,
+        )
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        text = io.StringIO()
+        names = [f.name for f in dataclasses.fields(Row)]
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(
+            [f"{v:.5g}" if isinstance(v := getattr(r, n), float) else v for n in names]
+            for r in rows
+        )
+        write_whole(self.out / "layers.csv", text.getvalue())
+
+
+def _row(layer: Layer, candidate: Candidate, times: dict[str, float], ratio: float) -> Row:
+    program = json.dumps(candidate.program.to_json())
+    return Row(
+        layer.name,
+        candidate.name,
+        candidate.weights,
+        candidate.macs,
+        **times,
+        fisher=ratio,
+        program=program,
+    )
+
+
+def _cifar10(data_dir: str | None) -> Any:
+    import os
+
+    folder = data_dir or os.environ.get("NNOPT_DATA")
+    if not folder:
+        raise DataError("CIFAR-10 needs a folder: give --data-dir or set NNOPT_DATA")
+    return cifar10(folder)
+
+
+def best(rows: Sequence[Row], layer: str, kind: str) -> Row | None:
+    """The fastest legal operator of a layer.
+
+    Args:
+        rows: of all layers.
+        layer: its name.
+        kind: `named` or `generated`.
+    """
+    legal = [
+        r
+        for r in rows
+        if r.layer == layer and r.legal and r.name != "conv" and bool(r.name) == (kind == "named")
+    ]
+    return min(legal, key=lambda r: r.ms, default=None)
+
+
+def table(found: Sequence[Layer], rows: Sequence[Row]) -> Table:
+    """For each layer the fastest legal operators."""
+    made = Table(
+        title="Fastest legal operators: speed-up over the convolution [quartiles], MACs, Fisher potential of the network"
+    )
+    for heading in ("convolution", "ms", "generated", "named", "legal / tested"):
+        made.add_column(
+            heading, justify="left" if heading in ("convolution", "generated", "named") else "right"
+        )
+    for layer in found:
+        (conv,) = (r for r in rows if r.layer == layer.name and r.name == "conv")
+        cells = []
+        for kind in ("generated", "named"):
+            row = best(rows, layer.name, kind)
+            cells.append(
+                "none"
+                if row is None
+                else f"{row.name} {row.speedup:.2f} [{row.low:.2f}, {row.high:.2f}], {row.macs / conv.macs:.0%}, {row.fisher:.3f}".strip()
+            )
+        tested = [
+            r for r in rows if r.layer == layer.name and r.name != "conv" and np.isfinite(r.fisher)
+        ]
+        made.add_row(
+            layer.name, f"{conv.ms:.3f}", *cells, f"{sum(r.legal for r in tested)} / {len(tested)}"
+        )
+    return made
+
+
+def beaten(found: Sequence[Layer], rows: Sequence[Row]) -> str:
+    """Generated operators that are faster than a named one, by the quartiles, at no lower Fisher potential."""
+    lines = ["Generated operators that beat named ones at no lower potential:"]
+    for layer in found:
+        here = [
+            r for r in rows if r.layer == layer.name and np.isfinite(r.fisher) and r.name != "conv"
+        ]
+        for new in sorted((r for r in here if not r.name and r.faster), key=lambda r: -r.speedup)[
+            :3
+        ]:
+            behind = [
+                r.name for r in here if r.name and new.low > r.high and new.fisher >= r.fisher
+            ]
+            if behind:
+                program = Program.from_json(new.program)
+                lines.append(
+                    f"  {layer.name}: {program}\n    {new.speedup:.2f}x, potential {new.fisher:.3f}, beats {', '.join(behind)}"
+                )
+    return (
+        "\n".join(lines)
+        if len(lines) > 1
+        else "No generated operator beats a named one at equal potential."
+    )
+
+
+def picture(found: Sequence[Layer], rows: Sequence[Row]) -> Any:
+    """Speed-ups layer by layer: the fastest legal operators, and all that were tried."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 0.9 + 0.52 * len(found)), layout="constrained")
+    axes = figure.add_subplot(1, 1, 1)
+    axes.axvline(1.0, color="0.6", lw=1)
+    for i, layer in enumerate(found):
+        here = [r for r in rows if r.layer == layer.name and r.name != "conv"]
+        for legal, colour, label in (
+            (False, "0.78", "tried, not legal or not tested"),
+            (True, "#5b9bd5", "legal"),
+        ):
+            some = [r.speedup for r in here if r.legal == legal]
+            axes.plot(
+                some, [i] * len(some), "|", ms=11, color=colour, label=label if i == 0 else None
+            )
+        for kind, colour, offset in (("generated", "#c0392b", -0.16), ("named", "#2c3e50", 0.16)):
+            row = best(rows, layer.name, kind)
+            if row is not None:
+                error = [[row.speedup - row.low], [row.high - row.speedup]]
+                axes.errorbar(
+                    row.speedup, i + offset, xerr=error, fmt="o", ms=5, color=colour, label=None
+                )
+                if row.name:
+                    axes.annotate(
+                        row.name,
+                        (row.high, i + offset),
+                        xytext=(5, -3),
+                        textcoords="offset points",
+                        fontsize=7,
+                        color=colour,
+                    )
+    for kind, colour in (
+        ("fastest legal generated", "#c0392b"),
+        ("fastest legal named", "#2c3e50"),
+    ):
+        axes.plot([], [], "o", color=colour, ms=5, label=kind)
+    axes.set_yticks(range(len(found)), [layer.name for layer in found], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("speed-up over the convolution")
+    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", "1", "2", "4", "8", "16"])
+    axes.minorticks_off()
+    axes.grid(axis="x", alpha=0.25)
+    axes.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: arguments; those of the process by default.
+    """
+    command = tyro.cli(MutateCommand, prog="resnet34", description=__doc__, args=args)
+    try:
+        command.run()
+    except NnoptError as error:
+        print(f"resnet34: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(
+            "resnet34: interrupted; the same command takes up where this one stopped",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
