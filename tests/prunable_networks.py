@@ -260,9 +260,100 @@ class Prelu(nn.Module):
         return nn.Dense(5, name="head")(nn.Conv(6, (3, 3), name="last")(x).mean((1, 2)))
 
 
+class Layer(nn.Module):
+    """One of the layers that `nn.scan` stacks."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.relu(nn.Dense(12, name="up")(x))
+        return x + nn.Dense(x.shape[-1], name="down")(y), None
+
+
+class Scanned(nn.Module):
+    """Layers whose weights are stacked and that run in a loop."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(8, name="first")(x.mean((1, 2)))
+        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = layers(name="layers")(x, None)
+        return nn.Dense(5, name="head")(x)
+
+
+class Stacked(nn.Module):
+    """Two ways stacked beside each other, repeated, and blurred by a kernel that is no weight."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = jnp.stack([nn.Conv(8, (3, 3), name=name)(x) for name in ("one", "other")], -1).max(-1)
+        blur = jnp.tile(jnp.full((3, 3, 1, 1), 1 / 9), (1, 1, 1, x.shape[-1]))
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(
+            x, blur, (2, 2), "SAME", dimension_numbers=numbers, feature_group_count=x.shape[-1]
+        )
+        return nn.Dense(5, name="head")(jnp.tile(nn.relu(x), (1, 1, 1, 2)).mean((1, 2)))
+
+
+class Halves(nn.Module):
+    """A kernel that is cut in two before it is used."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        draw = nn.initializers.lecun_normal()
+        a, b = jnp.split(self.param("w", draw, (x.shape[-1], self.features)), 2, -1)
+        return nn.tanh(x @ a) * nn.sigmoid(x @ b)
+
+
+class SplitKernel(nn.Module):
+    """A kernel cut in two."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(5, name="head")(Halves(16, name="halves")(x).mean((1, 2)))
+
+
+class Linear(nn.Module):
+    """A dense layer with another number that is as large as its width."""
+
+    features: int
+    temperature: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("w", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        return x @ kernel / self.temperature
+
+
+class Gain(nn.Module):
+    """A block that needs its width, with another number that is as large."""
+
+    features: int
+    gain: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.Conv(self.features, (3, 3), name="inner")(x))
+        y = nn.Conv(self.features, (3, 3), name="outer")(y)
+        if x.shape[-1] != self.features:
+            x = nn.Conv(self.features, (1, 1), name="project")(x)
+        return x + y * self.gain
+
+
+class Numbers(nn.Module):
+    """Fields that are as large as a width by chance."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(Linear(8, name="linear")(x))
+        return nn.Dense(5, name="head")(nn.relu(Gain(8, name="block")(x)).mean((1, 2)))
+
+
 EXACT = (
     Plain(), Residual(), Blocks(), DenseConcat(), Grouped(), Depthwise(), SqueezeExcite(), Split(), Chunk(), Flatten(), Shared(),
     Attention(), OwnAttention(), UNet(), Shuffle(), PaddedShortcut(), Branches(), Gating(), Sequence(), Prelu(),
+    Scanned(), Stacked(), SplitKernel(), Numbers(),
 )  # fmt: skip
 
 
@@ -301,6 +392,128 @@ class Fixed(nn.Module):
         x = nn.Conv(8, (3, 3), name="first")(x)
         x = x.reshape(*x.shape[:3], 2, 4).mean(-1)
         return nn.Dense(5, name="head")(nn.Conv(6, (3, 3), name="last")(x).mean((1, 2)))
+
+
+def _width(x):
+    return x * x.shape[-1] ** -0.5
+
+
+def _size(x):
+    return x / x.size
+
+
+def _roll(x):
+    return x + 2 * jnp.roll(x, 4, -1)
+
+
+def _shuffle(x):
+    return x.reshape(*x.shape[:3], -1, 4).swapaxes(3, 4).reshape(x.shape)
+
+
+def _swap(x):
+    return x + 2 * jnp.concatenate([x[..., 4:], x[..., :4]], -1)
+
+
+def _ones(x):
+    return x * jnp.ones(x.shape[-1]).sum()
+
+
+def _power(x):
+    return nn.sigmoid(x) ** x.shape[-1]
+
+
+def _loop(x):
+    return jax.lax.scan(lambda y, _: (y * y.shape[-1], None), x, None, length=2)[0]
+
+
+CODE = {f.__name__: f for f in (_width, _size, _roll, _shuffle, _swap, _ones, _power, _loop)}
+
+
+class InCode(nn.Module):
+    """A function with a number of channels in it: each is another function when there are fewer."""
+
+    name_of_code: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = CODE[self.name_of_code](nn.relu(nn.Conv(8, (3, 3), name="first")(x)))
+        return nn.Dense(5, name="head")(x.reshape(x.shape[0], -1))
+
+
+class Division(nn.Module):
+    """Divides by weights, in one of several ways."""
+
+    way: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(6, (3, 3), name="first")(x)
+        s = self.param("s", nn.initializers.ones, (x.shape[-1],))
+        s = s[None, None, None]
+        ways = {
+            "div": lambda: x / s,
+            "power": lambda: x * s**-1,
+            "root": lambda: x * jax.lax.rsqrt(s),
+            "log": lambda: x * jnp.log(s),
+            "norm": lambda: x / jnp.sqrt((s**2).sum((0, 1, 2), keepdims=True)),
+            "safe": lambda: x / (s + 1),
+        }
+        x = ways[self.way]()
+        return nn.Dense(5, name="head")(nn.relu(x).mean((1, 2)))
+
+
+class Frozen(nn.Module):
+    """Channels beside a fixed number of numbers."""
+
+    where: bool
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="first")(x)
+        numbers = jnp.arange(8.0)[None, None, None]
+        x = jnp.where(numbers < 4, x, 0) if self.where else x + numbers
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Dropped(nn.Module):
+    """Draws random numbers."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Conv(4, (3, 3), name="first")(x))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Recurrent(nn.Module):
+    """A recurrent cell over positions."""
+
+    cell: type
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(7, name="first")(x.reshape(x.shape[0], -1, x.shape[-1]))
+        return nn.Dense(5, name="head")(nn.RNN(self.cell(8), name="cell")(x)[:, -1])
+
+
+class Tokens(nn.Module):
+    """Looks words up in a table, and scores them by it."""
+
+    @nn.compact
+    def __call__(self, tokens, train=False):
+        table = nn.Embed(11, 8, name="table")
+        x = table(tokens)
+        return table.attend(x + nn.Dense(8, name="down")(nn.relu(nn.Dense(12, name="up")(x))))
+
+
+class TwoKernels(nn.Module):
+    """A module with two kernels of its own."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        draw = nn.initializers.lecun_normal()
+        x = nn.relu(x @ self.param("one", draw, (x.shape[-1], 8)))
+        x = nn.relu(x @ self.param("two", draw, (x.shape[-1], 6)))
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
 
 
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)

@@ -1,17 +1,21 @@
 """Prune-and-tune: the same training, a smaller network at the end, the same function."""
 
+import dataclasses
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prunable_networks import Layer
 
 from nnopt.core import Example
 from nnopt.costs import parameters
 from nnopt.data import Augmentation, load
-from nnopt.errors import BudgetError, UnsupportedNetworkError
+from nnopt.errors import BudgetError, PruneError, UnsupportedNetworkError
 from nnopt.networks import VGG, WideResNet
+from nnopt.rewrites import at_random
 from nnopt.training import (
     Pruner,
     PruneRecipe,
@@ -22,6 +26,15 @@ from nnopt.training import (
     load_checkpoint,
     save_checkpoint,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """Each program here takes a few steps: compiling it well takes longer than running it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
 
 PLAIN = Augmentation(pad=0, flip=False)
 TUNING = Recipe(epochs=4, batch=16, learning_rate=0.01, schedule="constant", augmentation=PLAIN)
@@ -96,51 +109,113 @@ def test_between_removals_it_is_plain_training(digits, variables):
     )  # fmt: skip
 
 
-def test_fisher_removes_the_least(digits, variables):
-    """The mean over the steps of what one minibatch says, by the formula, for the first step."""
-    pruner = pruner_for(digits, steps=1, at_once=1)
-    start = pruner.start(variables, KEY)
-    images, labels = pruner._trainer.minibatch(start.train, pruner._trainer.order(KEY, 0))
-    probes, net = {}, WideResNet(10, 1.0)
-    blocks = ("stage1_block0", "stage2_block0", "stage3_block0")
+class Small(nn.Module):
+    """Two groups of channels."""
 
-    def run(extra):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(6, (3, 3), strides=4, name="first")(x)
+        x = nn.relu(nn.BatchNorm(not train, name="norm1")(x))
+        x = nn.Conv(5, (3, 3), name="second")(x)
+        x = nn.relu(nn.BatchNorm(not train, name="norm2")(x))
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+def read_by_layers(params, images, labels):
+    """`(activation x gradient)` of each channel of each image, `[batch, channels]`, by hand: what `second` and `head` read."""
+
+    def loss(probes):
+        seen = {}
+
         def add(next_fun, args, kwargs, context):
-            path = context.module.path
-            if len(path) == 2 and path[1] == "conv2":
-                probes[path[0]] = args[0]
-                args = (args[0] + extra.get(path[0], jnp.zeros(())),)
+            name = context.module.name
+            if name in ("second", "head") and context.method_name == "__call__":
+                seen[name] = args[0]
+                args = (args[0] + probes.get(name, jnp.zeros(())),)
             return next_fun(*args, **kwargs)
 
         with nn.intercept_methods(add):
-            out, _ = net.apply(variables, images, train=True, mutable=["batch_stats"])
-        return -jnp.take_along_axis(jax.nn.log_softmax(out), labels[:, None], 1).mean()
+            out, _ = Small().apply(params, images, train=True, mutable=["batch_stats"])
+        logs = jax.nn.log_softmax(out)
+        return -jnp.take_along_axis(logs, labels[:, None], 1).mean(), seen
 
-    run({})
-    activations = dict(probes)
-    gradients = jax.grad(run)({b: jnp.zeros(activations[b].shape) for b in blocks})
-    scores = {
-        (b, c): float(v)
-        for b in blocks
-        for c, v in enumerate(0.5 * ((activations[b] * gradients[b]).sum((1, 2)) ** 2).mean(0))
-    }
-    block, channel = min(scores, key=scores.__getitem__)
+    shapes = jax.eval_shape(loss, {})[1]
+    probes = {name: jnp.zeros(spec.shape) for name, spec in shapes.items()}
+    gradients, seen = jax.jit(jax.grad(loss, has_aux=True))(probes)
+    first, second = (np.asarray(seen[n] * gradients[n]) for n in ("second", "head"))
+    return {"first": first.sum((1, 2)), "second": second}
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "taylor", "l1", "l2", "batch_norm", "random"])
+def test_the_least_important_by_hand_goes_first(digits, criterion):
+    """After one step that hardly moves a weight, so that its start can be judged."""
+    tuning = dataclasses.replace(TUNING, learning_rate=1e-12)
+    pruner = pruner_for(digits, Small(), tuning=tuning, criterion=criterion, steps=1, at_once=1, only="all")  # fmt: skip
+    made = Example(jnp.zeros((1, *digits.image_shape))).init(Small(), KEY)
+    params = dict(made["params"])
+    for i, norm in enumerate(("norm1", "norm2")):
+        scale = jax.random.uniform(jax.random.key(i), params[norm]["scale"].shape, minval=0.3)
+        params[norm] = {**params[norm], "scale": scale}
+    variables = {**made, "params": params}
+    start = pruner.start(variables, KEY)
+    kernels = {name: np.abs(np.asarray(params[name]["kernel"])) for name in ("first", "second")}
+    if criterion in ("fisher", "taylor"):
+        images, labels = pruner._trainer.minibatch(start.train, pruner._trainer.order(KEY, 0))
+        products = read_by_layers(variables, images, labels)
+        scores = {
+            n: (v**2).mean(0) / 2 if criterion == "fisher" else np.abs(v.sum(0))
+            for n, v in products.items()
+        }
+    elif criterion == "batch_norm":
+        scores = {"first": params["norm1"]["scale"], "second": params["norm2"]["scale"]}
+    elif criterion == "random":
+        scores = at_random(pruner.groups, jax.random.fold_in(start.train.key, 1))
+    else:
+        order = 1 if criterion == "l1" else 2
+        scores = {n: (k**order).sum((0, 1, 2)) ** (1 / order) for n, k in kernels.items()}
+    each = {(n, c): float(v) for n, score in scores.items() for c, v in enumerate(score)}
+    assert len(set(each.values())) > 8
+    (group, channel), least = min(each.items(), key=lambda item: item[1])
+    found = pruner._scores
+    seen = []
+    pruner._scores = lambda state: seen.append(found(state)) or seen[-1]
     state, row = pruner.round(start)
-    assert row.last == (f"{block}/conv1:{channel}",)
-    assert pruner.count(state) == 1
+    assert row.last == (f"{group}:{channel}",)
+    np.testing.assert_allclose(seen[0][pruner.groups[group].units[channel]], least, rtol=1e-3)
+    assert not np.asarray(state.train.params[group]["kernel"])[..., channel].any()
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "l1", "l2", "batch_norm", "random"])
-def test_criteria(digits, variables, criterion):
-    pruner = pruner_for(digits, criterion=criterion, steps=1, at_once=3)
+def test_scores_that_are_no_numbers_are_an_error(digits):
+    pruner = pruner_for(digits, Small(), criterion="l1", steps=1, only="all")
+    made = Example(jnp.zeros((1, *digits.image_shape))).init(Small(), KEY)
+    bias = made["params"]["head"]["bias"].at[3].set(jnp.nan)
+    head = {**made["params"]["head"], "bias": bias}
+    state = pruner.start({**made, "params": {**made["params"], "head": head}}, KEY)
+    with pytest.raises(PruneError, match="round 1: l1 of channel 0 of 'first' is nan"):
+        pruner.round(state)
+
+
+class Layers(nn.Module):
+    """Layers in a loop."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), strides=4, name="first")(x).mean((1, 2))
+        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return nn.Dense(10, name="head")(layers(name="layers")(x, None)[0])
+
+
+def test_layers_in_a_loop_are_judged_by_their_weights_only(digits):
+    with pytest.raises(UnsupportedNetworkError, match="'first' have no Fisher or Taylor score"):
+        pruner_for(digits, Layers(), only="all")
+    pruner = pruner_for(digits, Layers(), only="all", criterion="l2", steps=1, at_once=5)
+    variables = Example(jnp.zeros((1, *digits.image_shape))).init(Layers(), KEY)
     state, row = pruner.round(pruner.start(variables, KEY))
-    assert row.removed == 3
-    if criterion == "l1":
-        params = state.train.params
-        for name in row.last:
-            group, channel = name.split(":")
-            block, conv = group.split("/")
-            assert not np.asarray(params[block][conv]["kernel"])[..., int(channel)].any()
+    small, made = pruner.finish(state)
+    images = jax.random.normal(KEY, (4, *digits.image_shape))
+    wanted = Layers().apply(state.train.variables, images)
+    np.testing.assert_allclose(small.apply(made, images), wanted, rtol=1e-5, atol=1e-5)
+    assert row.parameters == sum(a.size for a in jax.tree.leaves(made["params"]))
 
 
 def test_groups_keep_one_channel(digits, variables):

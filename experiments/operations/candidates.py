@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nnopt.backends import compile_network, measure, speedup
 from nnopt.cli.bars import Bars
@@ -16,7 +17,7 @@ from nnopt.errors import NestError
 from nnopt.nests import Operator, Program, canonical
 from nnopt.nests.canonical import weights
 from nnopt.nests.lower import pieces
-from nnopt.nests.module import ProgramConv, nest_of
+from nnopt.nests.module import ProgramConv, nest_of, prepared
 from nnopt.nests.named import (
     depthwise,
     grouped,
@@ -27,6 +28,7 @@ from nnopt.nests.named import (
 )
 from nnopt.nests.sample import Drawn, distinct
 from nnopt.rewrites import MutateConv
+from nnopt.rewrites.operation import operator_at
 from nnopt.scores import Fisher, Scorer
 from nnopt.scores.programs import ProgramCache
 
@@ -203,21 +205,38 @@ class Legality:
         self, net: nn.Module, images: jax.Array, labels: jax.Array, seeds: int = 2
     ) -> None:
         self.net = net
-        self._images, self._labels, self._seeds = images, labels, seeds
+        self._images, self._labels = images, labels
         self._example = Example(images, train=True)
         self._programs = ProgramCache()
+        self._sites = sites(net, self._example)
+        keys = [jax.random.key(seed) for seed in range(seeds)]
+        self._variables = [(key, net.lazy_init(key, images, train=True)) for key in keys]
         self.potential = self.of({})
 
     def of(self, programs: Mapping[str, Program]) -> float:
         """Fisher potential with a program at each of some sites; a mean over seeds of the weights.
 
-        Sites that are not mutated have the same weights each time.
+        All other sites have the same weights each time.
+
+        Args:
+            programs: by path.
         """
         net = mutated(self.net, programs, self._example)
         scorer = Scorer(net, self._example, [Fisher()], programs=self._programs)
         totals = []
-        for seed in range(self._seeds):
-            variables = net.lazy_init(jax.random.key(seed), self._images, train=True)
-            (score,) = scorer(variables, self._images, self._labels, jax.random.key(0)).values()
+        for key, variables in self._variables:
+            flat = flatten_dict(dict(variables))
+            for number, (path, program) in enumerate(programs.items()):
+                site = self._sites[path]
+                old = flat.pop(("params", *site.path, "kernel"))
+                _, kept = prepared(operator_at(site, program))
+                for variable in kept.variables:
+                    drawn = variable.init(
+                        site.module.kernel_init, jax.random.fold_in(key, number), old.dtype
+                    )
+                    flat[("params", *site.path, variable.name)] = drawn
+            (score,) = scorer(
+                unflatten_dict(flat), self._images, self._labels, jax.random.key(0)
+            ).values()
             totals.append(score.total)
         return float(np.mean(totals))

@@ -91,15 +91,15 @@ class MutateCommand:
 
     network: str = "resnet-34"
     """Name of a reference network for 32 x 32 images."""
-    count: int = 40
+    count: int = 30
     """Generated operators that are timed for each distinct convolution."""
-    tests: int = 10
+    tests: int = 8
     """Generated operators, the fastest, whose legality is tested for each."""
     batch: int = 1
     """Images in a timed call."""
     repeats: int = 15
     """Timed rounds."""
-    fisher_batch: int = 32
+    fisher_batch: int = 16
     """Images in the minibatch of the Fisher potential."""
     seed: int = 0
     """Of the draws and the minibatch."""
@@ -301,12 +301,13 @@ def table(found: Sequence[Layer], rows: Sequence[Row]) -> Table:
         (conv,) = (r for r in rows if r.layer == layer.name and r.name == "conv")
         cells = []
         for kind in ("generated", "named"):
-            row = best(rows, layer.name, kind)
-            cells.append(
+            r = best(rows, layer.name, kind)
+            text = (
                 "none"
-                if row is None
-                else f"{row.name} {row.speedup:.2f} [{row.low:.2f}, {row.high:.2f}], {row.macs / conv.macs:.0%}, {row.fisher:.3f}".strip()
+                if r is None
+                else f"{r.name} {r.speedup:.2f} [{r.low:.2f}, {r.high:.2f}], {r.macs / conv.macs:.0%}, {r.fisher:.3f}"
             )
+            cells.append(text.strip())
         tested = [
             r for r in rows if r.layer == layer.name and r.name != "conv" and np.isfinite(r.fisher)
         ]

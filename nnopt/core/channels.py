@@ -2,7 +2,7 @@
 
 A channel that goes takes with it a filter of the convolution that makes it, its entry in a batch norm, a slice of each kernel
 that reads it, and, where values are added, the channels that it is added to. `channel_groups` follows every axis of every
-variable through the network by the rules of `core.channel_rules`, and finds the sets of indices that stay or go together.
+variable through the network (`core.channel_analysis`), and finds the sets of indices that stay or go together.
 
 Example:
     >>> from nnopt.networks import WideResNet
@@ -17,14 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nnopt.core.channel_rules import Axes, Note, Ties, of_literal, run
-from nnopt.core.example import rngs
-from nnopt.core.flatten import Flat, Value, flatten
-from nnopt.core.marks import mark_sites
+from nnopt.core.channel_analysis import Analysis, analyse
+from nnopt.core.channel_rules import Note, Ties, consumed
 from nnopt.core.paths import path_text, suggestion
 from nnopt.core.sites import Sites
 from nnopt.core.sites import sites as trace_sites
@@ -97,7 +93,7 @@ class ChannelGroup:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Read:
-    """Where weights read channels.
+    """Where weights read channels for good: sum over them, and not pass them on as a depthwise convolution does.
 
     Attributes:
         equation: number of the equation of the flat program.
@@ -123,24 +119,25 @@ class ChannelGroups(Mapping[str, ChannelGroup]):
         outputs: how many of its first outputs are the network's; updated variables follow.
         reads: where weights read channels.
         units: number of channels of all groups, and one for what always stays.
+        draws: whether it draws random numbers.
     """
 
     def __init__(
         self,
         sites: Sites,
-        program: "_Program",
+        found: Analysis,
         groups: Sequence[ChannelGroup],
-        kept_whole: Sequence[Note],
         reads: Sequence[Read],
-        units: int,
     ) -> None:
         self.sites = sites
-        self.kept_whole = tuple(kept_whole)
-        self.leaves = dict(program.leaves)
-        self.flat = program.flat
-        self.outputs = program.outputs
+        self.kept_whole = found.kept_whole
+        self.leaves = dict(found.program.leaves)
+        self.flat = found.program.flat
+        self.outputs = found.program.outputs
         self.reads = tuple(reads)
-        self.units = units
+        self.units = found.units
+        self.draws = bool(found.ties.drawn)
+        self._read_inside = [(found.unit[v], note) for v, note in found.ties.read_inside]
         self._groups = {g.name: g for g in groups}
 
     def __getitem__(self, name: str) -> ChannelGroup:
@@ -165,6 +162,29 @@ class ChannelGroups(Mapping[str, ChannelGroup]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._groups
+
+    def axes(self) -> dict[Leaf, np.ndarray]:
+        """Axis of a variable -> `[extent]`, the unit of each of its indices; 0 for what always stays. Axes that have channels."""
+        found: dict[Leaf, np.ndarray] = {}
+        for group in self.values():
+            for member in group.members:
+                key = member.leaf, member.axis
+                if key not in found:
+                    found[key] = np.zeros(self.leaves[member.leaf][member.axis], np.int64)
+                found[key][member.indices] = group.units[member.channels]
+        return found
+
+    def unread(self, name: str) -> str | None:
+        """Why no derivative tells how important the channels of a group are: a place where they are read is not in `reads`.
+
+        None if all places are.
+        """
+        units = self[name].units
+        for inside, note in self._read_inside:
+            if np.isin(inside, units).any():
+                return str(note)
+        seen = [np.isin(units, read.units) for read in self.reads]
+        return None if np.any(seen, axis=0).all() else "no weights sum over them"
 
     def isomorphic(self) -> dict[Any, tuple[str, ...]]:
         """Groups by what they are made of: scores of alike groups may be compared one with one.
@@ -196,108 +216,34 @@ def channel_groups(net: nn.Module, example: Any) -> ChannelGroups:
 
 def channel_groups_traced(sites: Sites) -> ChannelGroups:
     """`channel_groups` for a network that has been traced already."""
-    program = _program(sites)
-    ties = Ties()
-    known: dict[Value, Axes] = {}
-    for value, shape in zip(program.variables, program.leaves.values(), strict=True):
-        labels = tuple(ties.fresh(n) for n in shape)
-        known[value] = Axes(shape, labels, weights=True)
-    for value in (*program.arguments, *(v for v, _ in program.flat.constants)):
-        known[value] = Axes.whole(value.aval.shape)
-    read: list[tuple[int, int, Axes]] = []
+    found = analyse(sites)
+    program, known, ties, unit = found.program, found.known, found.ties, found.unit
+    reads = []
     for number, equation in enumerate(program.flat.equations):
-        before = [known[a] if isinstance(a, Value) else of_literal(a) for a in equation.inputs]
-        known.update(zip(equation.outputs, run(ties, equation, before), strict=True))
-        if equation.primitive.name in _KERNELS and any(a.weights for a in before):
-            read += [(number, i, a) for i, a in enumerate(before) if not a.weights]
-    for atom in program.flat.outputs[: program.outputs]:
-        if isinstance(atom, Value):
-            for axis in range(len(known[atom].shape)):
-                ties.keep(known[atom], axis)
-    unit = _components(ties)
+        before = [found.of(atom) for atom in equation.inputs]
+        for operand, axis in consumed(equation, before):
+            labels = before[operand].labels[axis]
+            if labels is not None and unit[labels].any():
+                reads.append(Read(number, operand, axis, unit[labels]))
     own = {
-        (leaf, axis): (labels, unit[labels])
+        (leaf, axis): labels
         for value, leaf in zip(program.variables, program.leaves, strict=True)
         for axis, labels in enumerate(known[value].labels)
         if labels is not None
     }
-    # Only what some variable has can go; all else is one unit, that stays.
-    count, unit = _numbered(unit, [units for _, units in own.values()])
-    own = {leaf: (labels, unit[labels]) for leaf, (labels, _) in own.items()}
-    reads = [
-        Read(number, i, axis, unit[labels])
-        for number, i, array in read
-        for axis, labels in enumerate(array.labels)
-        if labels is not None and unit[labels].any()
-    ]
-    whole = list(dict.fromkeys(note for labels, note in ties.kept_whole))
-    return ChannelGroups(sites, program, _groups(own, ties, unit, sites), whole, reads, count)
-
-
-_KERNELS = ("conv_general_dilated", "nnopt_conv", "dot_general")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    flat: Flat
-    arguments: tuple[Value, ...]
-    variables: tuple[Value, ...]
-    leaves: dict[Path, tuple[int, ...]]
-    outputs: int
-
-
-def _program(sites: Sites) -> _Program:
-    """The network as a flat program; updates of its running averages are outputs too."""
-    net, specs = sites.net, flatten_dict(nn.meta.unbox(dict(sites.variables)))
-    mutable = sorted({leaf[0] for leaf in specs} - {"params"})
-    counts: list[int] = []
-
-    def apply(arrays: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        variables = unflatten_dict(dict(zip(specs, arrays, strict=True)))
-        streams = {k: v for k, v in rngs(jax.random.key(0)).items() if k != "params"}
-        outputs, changed = net.apply(variables, *args, rngs=streams, mutable=mutable, **kwargs)
-        counts.append(len(jax.tree.leaves(outputs)))
-        return outputs, changed
-
-    with nn.intercept_methods(mark_sites):
-        closed, own = sites.example.jaxpr(apply, list(specs.values()))
-    flat = flatten(closed)
-    leaves = {leaf: tuple(spec.shape) for leaf, spec in specs.items()}
-    return _Program(flat, flat.inputs[:own], flat.inputs[own:], leaves, counts[-1])
-
-
-def _components(ties: Ties) -> np.ndarray:
-    """Label -> the set it belongs to; that of label 0 is 0."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    none = np.zeros(0, np.int64)
-    pairs = [np.concatenate([none, *(p[i] for p in ties.joins)]) for i in (0, 1)]
-    size = (ties.labels, ties.labels)
-    graph = coo_array((np.ones(len(pairs[0]), bool), tuple(pairs)), shape=size)
-    found: np.ndarray = connected_components(graph, directed=False)[1]
-    return np.where(found == found[0], 0, found + 1)
-
-
-def _numbered(unit: np.ndarray, used: Sequence[np.ndarray]) -> tuple[int, np.ndarray]:
-    """Units that are used, numbered in order of appearance; all others are 0."""
-    seen = np.concatenate([np.zeros(1, unit.dtype), *used])
-    values, first = np.unique(seen, return_index=True)
-    number = np.zeros(int(unit.max()) + 1, np.int64)
-    number[values[np.argsort(first)]] = np.arange(len(values))
-    return len(values), number[unit]
+    return ChannelGroups(sites, found, _groups(own, ties, unit, sites), reads)
 
 
 def _groups(
-    own: Mapping[Leaf, tuple[np.ndarray, np.ndarray]], ties: Ties, unit: np.ndarray, sites: Sites
+    own: Mapping[Leaf, np.ndarray], ties: Ties, unit: np.ndarray, sites: Sites
 ) -> list[ChannelGroup]:
     """Units that the same axes have are channels of one group."""
     count = int(unit.max()) + 1
     # Equal sets of axes have equal sums of random numbers.
     marks = np.random.default_rng(0).integers(1, 2**62, len(own), dtype=np.int64)
     signature = np.zeros(count, np.int64)
-    for mark, (_, units) in zip(marks, own.values(), strict=True):
-        signature[np.unique(units)] += mark
+    for mark, labels in zip(marks, own.values(), strict=True):
+        signature[np.unique(unit[labels])] += mark
     _, kind = np.unique(signature, return_inverse=True)
     kind = np.where(np.arange(count) == 0, -1, kind)
     notes: dict[int, dict[Note, None]] = {}
@@ -314,13 +260,15 @@ def _groups(
         number[units] = np.arange(len(units))
     members: dict[int, list[Member]] = {}
     makers: dict[int, list[Member]] = {}
-    for (leaf, axis), (labels, units) in own.items():
+    for (leaf, axis), labels in own.items():
+        units = unit[labels]
         kinds = kind[units]
         for k in np.unique(kinds[kinds >= 0]):
             where = np.flatnonzero(kinds == k)
             member = Member(leaf, axis, where, number[units[where]])
             members.setdefault(int(k), []).append(member)
-            if made[labels[where]].all():
+            # Of indices that are one channel the labels of the first stand for all in what is made.
+            if np.isin(units[where], units[where][made[labels[where]]]).all():
                 makers.setdefault(int(k), []).append(member)
 
     def place(member: Member) -> tuple[int, Path, int]:

@@ -3,7 +3,7 @@
 All are computed for all groups at once. Higher is more important.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -15,7 +15,7 @@ from jax.extend import core as jex
 from nnopt.core.channels import ChannelGroups, Member
 from nnopt.core.flatten import Value
 from nnopt.errors import UnsupportedNetworkError
-from nnopt.rewrites.prune import Scores
+from nnopt.rewrites.prune import Scores, prunable
 from nnopt.typing import Variables
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -76,7 +76,8 @@ def gated(
 ) -> tuple[list[Any], list[Any]]:
     """Runs the network with a factor on each channel of each image where weights read it; traceable.
 
-    The derivative in a factor is `sum_positions a * dL/da`, over all places where the channel is read.
+    The derivative in a factor is `sum_positions a * dL/da`, over all places where the channel is read for good. Where a depthwise
+    convolution passes it on it gets no factor, or it would be scaled once for each of them.
 
     Args:
         groups: of the network, traced with an example of this batch size.
@@ -115,10 +116,43 @@ def gated(
     return outputs[: groups.outputs], outputs[groups.outputs :]
 
 
+def check_derivatives(groups: ChannelGroups, names: Iterable[str]) -> None:
+    """Refuses groups of which no derivative tells how important their channels are.
+
+    Raises:
+        UnsupportedNetworkError: the channels of a group are read where `gated` puts no factor, so that their scores would be too
+            small, or zero.
+    """
+    for name in names:
+        if (why := groups.unread(name)) is not None:
+            raise UnsupportedNetworkError(
+                f"channels of {name!r} have no Fisher or Taylor score: {why}; judge them by their weights (l1, l2 or batch norm "
+                "scale), or leave the group out"
+            )
+
+
 def channel_gradients(
-    groups: ChannelGroups, arguments: list[jax.Array], labels: jax.Array, variables: Variables, loss: Loss
-) -> jax.Array:  # fmt: skip
-    """`[batch, units]`: the derivative of the loss in a factor on each channel of each image; traceable."""
+    groups: ChannelGroups,
+    arguments: list[jax.Array],
+    labels: jax.Array,
+    variables: Variables,
+    loss: Loss,
+    names: Iterable[str] | None = None,
+) -> jax.Array:
+    """`[batch, units]`: the derivative of the loss in a factor on each channel of each image; traceable.
+
+    Args:
+        groups: of the network, traced with an example of this batch size.
+        arguments: the example's arrays, `[batch, ...]` each.
+        labels: `[batch]`.
+        variables: of the network.
+        loss: of the network's first output.
+        names: the groups that are to be judged, `prunable(groups)` by default. Units of others may be zero for no reason.
+
+    Raises:
+        UnsupportedNetworkError: see `check_derivatives` and `gated`.
+    """
+    check_derivatives(groups, prunable(groups) if names is None else names)
     batch = arguments[0].shape[0]
 
     def value(gates: jax.Array) -> jax.Array:
@@ -154,7 +188,8 @@ def taylor(gradients: jax.Array) -> jax.Array:
     return jnp.abs(jnp.sum(gradients, axis=0))
 
 
-def by_group(groups: ChannelGroups, units: Any, names: Mapping[str, Any] | None = None) -> Scores:
-    """`[units]` as scores of groups."""
+def by_group(groups: ChannelGroups, units: Any, names: Iterable[str] | None = None) -> Scores:
+    """`[units]` as scores of groups: those named, by default all of which `check_derivatives` has nothing to say."""
     values = np.asarray(units)
-    return {name: values[groups[name].units] for name in (groups if names is None else names)}
+    chosen = [n for n in groups if groups.unread(n) is None] if names is None else names
+    return {name: values[groups[name].units] for name in chosen}

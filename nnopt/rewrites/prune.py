@@ -8,14 +8,14 @@ variables, report = carry(net, small, variables, example=example, key=key)
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nnopt.core.channels import ChannelGroup, ChannelGroups
+from nnopt.core.channels import ChannelGroup, ChannelGroups, Member
 from nnopt.core.paths import path_text
 from nnopt.errors import BudgetError, RewriteError
 from nnopt.rewrites.resize import Extent, Resize
@@ -38,7 +38,8 @@ def prune(groups: ChannelGroups, removed: Removed, *, exact: bool = True) -> Res
     Args:
         groups: of the network that the rule is for.
         removed: what goes.
-        exact: refuse groups of which that would not be true, because a mean or maximum is taken over their channels.
+        exact: refuse groups of which that would not be true, because a mean or maximum is taken over their channels; and, when the
+            rule is applied, code of which it would not be true, because it has the number of channels in it.
 
     Raises:
         SelectionError: there is no such group.
@@ -57,18 +58,30 @@ def prune(groups: ChannelGroups, removed: Removed, *, exact: bool = True) -> Res
     for (leaf, axis), parts in lost.items():
         kept = np.setdiff1d(np.arange(groups.leaves[leaf][axis]), np.concatenate(parts))
         extents.append(Extent(path_text(leaf), axis, len(kept), tuple(kept.tolist())))
-    return Resize(tuple(extents))
+    return Resize(tuple(extents), exact)
 
 
-def _checked(group: ChannelGroup, channels: Sequence[int], exact: bool) -> np.ndarray:
+def _gone(group: ChannelGroup, channels: Sequence[int]) -> np.ndarray:
     """`[channels]`, whether each goes."""
-    index = np.asarray(channels, np.int64)
+    index = np.asarray(channels)
+    if index.ndim != 1 or (index.size and not np.issubdtype(index.dtype, np.integer)):
+        raise RewriteError(
+            f"{group.name!r} loses channels by their numbers, in a flat list of integers, not "
+            f"{index.dtype.name}{list(index.shape)}; of a mask of what goes take np.flatnonzero"
+        )
+    index = index.astype(np.int64)
     if index.size and not (index.min() >= 0 and index.max() < group.size):
         raise RewriteError(
             f"{group.name!r} has channels 0 to {group.size - 1}, not {index.max() if index.min() >= 0 else index.min()}"
         )
     gone = np.zeros(group.size, bool)
     gone[index] = True
+    return gone
+
+
+def _checked(group: ChannelGroup, channels: Sequence[int], exact: bool) -> np.ndarray:
+    """`[channels]`, whether each goes; some stay, and all may go."""
+    gone = _gone(group, channels)
     if gone.all():
         raise RewriteError(
             f"{group.name!r} would lose all of its {group.size} channels; keep at least one"
@@ -94,70 +107,121 @@ def masked(groups: ChannelGroups, removed: Removed, variables: Variables) -> Var
 
 
 def removed_by(groups: ChannelGroups, masks: Mapping[str, Sequence[bool]]) -> dict[str, list[int]]:
-    """What goes if these outputs of these modules go.
+    """What goes if these outputs of these modules, or these channels of these groups, go.
 
     Args:
         groups: of the network.
-        masks: path of a module -> `[features]`, whether each of its outputs stays.
+        masks: path of a module -> `[features]`, whether each of its outputs stays; or name of a group -> `[channels]`, whether each
+            of its channels does. Groups have names of modules: one of a module that makes channels along several axes, as
+            attention does (heads, and what is in a head), or with several variables, is the group's.
 
     Raises:
-        RewriteError: a mask is of the wrong length, cuts what must stay, or cuts one part of channels that are tied to others.
+        RewriteError: a mask is no list of booleans, is of the wrong length, cuts what must stay, or cuts one part of channels that
+            are tied to others; or two masks say different things of a group.
     """
-    makers: dict[str, list[tuple[ChannelGroup, np.ndarray, np.ndarray]]] = {}
-    extents: dict[str, int] = {}
+    makers: dict[str, list[tuple[ChannelGroup, Member]]] = {}
     for group in groups.values():
         for maker in group.makers:
-            where = path_text(maker.module)
-            makers.setdefault(where, []).append((group, maker.indices, maker.channels))
-            extents[where] = groups.leaves[maker.leaf][maker.axis]
+            makers.setdefault(path_text(maker.module), []).append((group, maker))
+    several = {w for w, made in makers.items() if len({(m.leaf, m.axis) for _, m in made}) > 1}
     removed: dict[str, list[int]] = {}
     for where, mask in masks.items():
-        going = ~np.asarray(mask, bool)
-        if where not in makers:
-            raise RewriteError(f"no channel that {where!r} makes can go")
-        if len(going) != extents[where]:
+        stays = np.asarray(mask)
+        if stays.dtype != bool or stays.ndim != 1:
             raise RewriteError(
-                f"the mask of {where!r} has {len(going)} entries, and the module makes {extents[where]} channels"
+                f"the mask of {where!r} is {stays.dtype.name}{list(stays.shape)}; give a flat list of booleans, true for what stays"
             )
-        free = np.zeros(len(going), bool)
-        for group, indices, channels in makers[where]:
-            free[indices] = True
-            count = np.bincount(channels, minlength=group.size)
-            cut = np.bincount(channels, weights=going[indices], minlength=group.size)
-            half = np.flatnonzero((cut > 0) & (cut < count))
-            if len(half):
+        if where in makers and where not in several:
+            found = _cut(groups, where, ~stays, makers[where], masks, makers.keys() - several)
+        elif where in groups:
+            if len(stays) != groups[where].size:
+                own = dict.fromkeys(f"{g.name!r} ({g.size})" for g, _ in makers.get(where, ()))
                 raise RewriteError(
-                    f"the mask of {where!r} cuts part of channel {half[0]} of {group.name!r}, whose {count[half[0]]} outputs "
-                    "stay or go together"
+                    f"the mask of {where!r} has {len(stays)} entries, and the group has {groups[where].size} channels; "
+                    f"the module makes channels of {', '.join(own)}: give each group a mask by its name"
                 )
-            removed.setdefault(group.name, np.flatnonzero(cut).tolist())
-            gone = set(np.flatnonzero(cut).tolist())
-            for maker in group.makers:
-                other = path_text(maker.module)
-                theirs = ~np.asarray(masks.get(other, np.ones(extents[other], bool)), bool)
-                same = len(theirs) == extents[other] and gone == set(
-                    maker.channels[theirs[maker.indices]].tolist()
+            found = {where: np.flatnonzero(~stays).tolist()}
+        else:
+            raise RewriteError(f"no channel that {where!r} makes can go")
+        for name, gone in found.items():
+            if removed.setdefault(name, gone) != gone:
+                raise RewriteError(
+                    f"the mask of {where!r} and another one say different things of {name!r}; leave one out"
                 )
-                if gone and not same:
-                    raise RewriteError(
-                        f"the mask of {where!r} cuts half of a tied group: {other!r} makes the same channels and its mask "
-                        "does not say so; give both the same mask"
-                    )
-        if (going & ~free).any():
+    return {name: gone for name, gone in removed.items() if gone}
+
+
+def _cut(
+    groups: ChannelGroups,
+    where: str,
+    going: np.ndarray,
+    makers: Sequence[tuple[ChannelGroup, Member]],
+    masks: Mapping[str, Sequence[bool]],
+    modules: Collection[str],
+) -> dict[str, list[int]]:
+    """What goes if these outputs `[features]` of a module go."""
+    extent = groups.leaves[makers[0][1].leaf][makers[0][1].axis]
+    if len(going) != extent:
+        raise RewriteError(
+            f"the mask of {where!r} has {len(going)} entries, and the module makes {extent} channels"
+        )
+    free = np.zeros(extent, bool)
+    found = {}
+    for group, made in makers:
+        free[made.indices] = True
+        count = np.bincount(made.channels, minlength=group.size)
+        cut = np.bincount(made.channels, weights=going[made.indices], minlength=group.size)
+        half = np.flatnonzero((cut > 0) & (cut < count))
+        if len(half):
             raise RewriteError(
-                f"output {np.flatnonzero(going & ~free)[0]} of {where!r} must stay: the network's outputs, or an operation "
-                "that is not known, depend on it"
+                f"the mask of {where!r} cuts part of channel {half[0]} of {group.name!r}, whose {count[half[0]]} outputs "
+                "stay or go together"
             )
-    return removed
+        found[group.name] = gone = np.flatnonzero(cut).tolist()
+        for maker in group.makers if gone else ():
+            other = path_text(maker.module)
+            if not _says(group, maker, masks, modules, gone):
+                raise RewriteError(
+                    f"the mask of {where!r} cuts half of a tied group: {other!r} makes the same channels and its mask "
+                    f"does not say so; give both the same mask, or one to the group {group.name!r}"
+                )
+    if (going & ~free).any():
+        raise RewriteError(
+            f"output {np.flatnonzero(going & ~free)[0]} of {where!r} must stay: the network's outputs, or an operation "
+            "that is not known, depend on it"
+        )
+    return found
+
+
+def _says(
+    group: ChannelGroup,
+    maker: Member,
+    masks: Mapping[str, Sequence[bool]],
+    modules: Collection[str],
+    gone: Sequence[int],
+) -> bool:
+    """Whether a module's mask, or that of the group, has these channels of the group go."""
+    where = path_text(maker.module)
+    if where in modules and where in masks:
+        going = ~np.asarray(masks[where], bool)
+        fits = maker.indices.max() < len(going)
+        return bool(fits) and sorted({*maker.channels[going[maker.indices]].tolist()}) == list(gone)
+    if group.name in modules or group.name not in masks:
+        return False
+    return np.flatnonzero(~np.asarray(masks[group.name], bool)).tolist() == list(gone)
 
 
 def parameters_without(groups: ChannelGroups, removed: Removed) -> int:
-    """Number of trainable values that are left, without tracing anything."""
+    """Number of trainable values that are left, without tracing anything.
+
+    Raises:
+        SelectionError: there is no such group.
+        RewriteError: a group has no such channel.
+    """
     lost: dict[Path, dict[int, int]] = {}
     for name, channels in removed.items():
         group = groups[name]
-        gone = np.zeros(group.size, bool)
-        gone[np.asarray(channels, np.int64)] = True
+        gone = _gone(group, channels)
         for member in group.members:
             if member.leaf[0] == "params":
                 axes = lost.setdefault(member.leaf, {})
@@ -197,10 +261,20 @@ def weakest(
         Group -> channels, only groups that lose some.
 
     Raises:
-        BudgetError: not exactly one of fraction, count and budget, or one that cannot be met.
+        SelectionError: there is no such group.
+        BudgetError: not exactly one of fraction, count and budget, or one that cannot be met; a multiple, scope or scores that
+            make no sense.
     """
     if sum(v is not None for v in (fraction, count, budget)) != 1:
         raise BudgetError("give one of a fraction, a number of channels, or a budget")
+    if scope not in ("global", "group", "isomorphic"):
+        raise BudgetError(f"channels are compared global, group or isomorphic, not {scope!r}")
+    if not _whole(multiple) or multiple < 1:
+        raise BudgetError(f"widths cannot be multiples of {multiple}; give a whole number from 1")
+    if count is not None and not _whole(count):
+        raise BudgetError(f"{count} channels cannot be removed; give a whole number")
+    if budget is not None and not math.isfinite(budget):
+        raise BudgetError(f"a budget of {budget} cannot be met; give a finite number")
     names = list(scores)
     order = _order(groups, scores, names, scope)
     every = len(order)
@@ -233,6 +307,10 @@ def weakest(
     return taken.first(low)
 
 
+def _whole(number: object) -> bool:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
+
+
 def _order(groups: ChannelGroups, scores: Scores, names: Sequence[str], scope: str) -> np.ndarray:
     """`[channels, 2]`: number of the group and of the channel, least important first."""
     rows = []
@@ -241,6 +319,11 @@ def _order(groups: ChannelGroups, scores: Scores, names: Sequence[str], scope: s
         if values.shape != (groups[name].size,):
             raise BudgetError(
                 f"{name!r} has {groups[name].size} channels and scores of shape {values.shape}"
+            )
+        if not np.isfinite(values).all():
+            raise BudgetError(
+                f"channel {np.flatnonzero(~np.isfinite(values))[0]} of {name!r} has a score of "
+                f"{values[~np.isfinite(values)][0]}; give finite scores, or leave the group out"
             )
         rows.append(np.stack([np.full(len(values), number), np.arange(len(values)), values], 1))
     table = np.concatenate(rows) if rows else np.zeros((0, 3))

@@ -6,7 +6,7 @@ where a network decides by its own fields what to build (`if x.shape[-1] != self
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from nnopt.core import Dataflow, Rewrite, Site, Sites
+from nnopt.core import Dataflow, Example, Rewrite, Site, Sites
+from nnopt.core.channel_check import difference
+from nnopt.core.example import rngs
 from nnopt.core.modules import configuration
 from nnopt.core.paths import as_path, path_text
-from nnopt.core.rewrite import attempt
+from nnopt.core.rewrite import attempt, base_of
 from nnopt.errors import RewriteError
 from nnopt.typing import Edits, Path
 
@@ -57,9 +59,12 @@ class Resize(Rewrite):
 
     Attributes:
         extents: every axis that changes.
+        exact: refuse a network that is not what this one is with the weights of the channels that go at zero. Else it need only
+            do the same operations one by one; numbers in its code may follow its widths, as those of a mean over channels do.
     """
 
     extents: tuple[Extent, ...]
+    exact: bool = False
 
     @property
     def pins(self) -> frozenset[str]:
@@ -71,8 +76,14 @@ class Resize(Rewrite):
 
         Raises:
             RewriteError: a variable is not in the network, or the network builds other layers, or layers of other widths, when it
-                is narrower.
+                is narrower; or it is another function, and `exact` is set.
         """
+        edits = self._edits(sites)
+        if self.exact:
+            self._check(sites, edits)
+        return edits
+
+    def _edits(self, sites: Sites) -> Edits:
         owners = {e.leaf: _owner(e, sites) for e in self.extents}
         wanted = self._shapes(sites, owners)
         edits: dict[Path, nn.Module] = {}
@@ -95,6 +106,18 @@ class Resize(Rewrite):
         raise RewriteError(
             f"{type(sites.net).__name__} does not run at these widths: {problem.why}; leave the channels there as they are"
         )
+
+    def _check(self, sites: Sites, edits: Edits) -> None:
+        """Refuses a network that is another function."""
+        trace = attempt(sites, edits).trace
+        narrow = Sites(trace.net, sites.example, trace.outputs, trace.variables, ())
+        kept = {(e.leaf, e.axis): e.kept for e in self.extents if e.kept is not None}
+        found = difference(sites, narrow, kept)
+        if found is not None:
+            raise RewriteError(
+                f"{type(base_of(sites.net)).__name__} is another function at these widths: {path_text(found.path)!r} {found.why}; "
+                "leave the channels there as they are, or allow it with exact=False"
+            )
 
     def _shapes(self, sites: Sites, owners: Mapping[Path, Site]) -> dict[Path, tuple[int, ...]]:
         shapes: dict[Path, tuple[int, ...]] = {}
@@ -147,7 +170,10 @@ def resized(site: Site, old: Shapes, new: Shapes) -> nn.Module:
 
     Linear layers make as many features as their kernel has along its last axes, and a convolution of single channels has as many
     groups as channels. What infers its widths, as normalisation does, is left as it is. In any other module a
-    field that holds the old extent of an axis gets the new one.
+    field that holds the old extent of an axis gets the new one, if the axis is as long as the field says.
+
+    Raises:
+        RewriteError: which of several fields an axis follows cannot be told.
     """
     module = site.module
     fields = configuration(module)
@@ -169,19 +195,80 @@ def resized(site: Site, old: Shapes, new: Shapes) -> nn.Module:
     elif "features" in fields and ("params", "embedding") in old:
         updates["features"] = new["params", "embedding"][-1]
     else:
-        changes = {(a, b) for key in old for a, b in zip(old[key], new[key], strict=True) if a != b}
-        for a, b in changes:
-            for name, value in fields.items():
-                if type(value) is int and value == a:
-                    updates[name] = b
+        # Axes are counted from the last one: where layers are stacked the module alone has one less.
+        wanted = {
+            (key, axis - len(old[key]), a, b)
+            for key in old
+            for axis, (a, b) in enumerate(zip(old[key], new[key], strict=True))
+            if a != b
+        }
+        for a, b in sorted({(a, b) for *_, a, b in wanted}):
+            updates |= _fields_for(site, a, b, wanted)
     return module.clone(parent=None, **updates)
+
+
+Change = tuple[Any, int, int, int]
+"""A variable or output, one of its axes counted from the last, its old and its new extent."""
+_NAMES_OF_WIDTHS = (
+    "features",
+    "num_features",
+    "out_features",
+    "hidden_features",
+    "channels",
+    "filters",
+    "width",
+)
+
+
+def _fields_for(site: Site, a: int, b: int, wanted: Collection[Change]) -> dict[str, Any]:
+    """Fields of a site's module that hold `a`, and with `b` in place of it make some of these changes."""
+    names = [n for n, v in configuration(site.module).items() if type(v) is int and v == a]
+    answers = {name: _changes(site, {name: b}) for name in names}
+    sure = {name: b for name in names if any(c in wanted for c in answers[name] or ())}
+    if sure:
+        return sure
+    # On the old inputs it does not run, as if it adds them to what it makes: it may be such a field, and says so by its name.
+    unsure = [name for name in names if answers[name] is None]
+    named = [name for name in _NAMES_OF_WIDTHS if name in unsure][:1] or unsure
+    if len(named) > 1:
+        raise RewriteError(
+            f"{path_text(site.path)!r} of {type(site.module).__name__} would be {b} wide in place of {a}, which may be "
+            f"{' or '.join(map(repr, named))}; call the field features, or leave the channels there as they are"
+        )
+    return dict.fromkeys(named, b)
+
+
+def _changes(site: Site, updates: Mapping[str, int]) -> set[Change] | None:
+    """What changes in the shapes of a module's variables and outputs with other fields; None if it does not run so."""
+    call = site.calls[0]
+    example = Example(*call.args, **call.kwargs)
+
+    def shapes(fields: Mapping[str, Any]) -> dict[Any, tuple[int, ...]]:
+        module = site.module.clone(parent=None, **fields)
+        outputs, variables = example.abstractly(
+            lambda key, *args, **kwargs: module.init_with_output(rngs(key), *args, method=call.method, **kwargs),
+            jax.random.key(0),
+        )  # fmt: skip
+        found = {(c, "/".join(names)): v.shape for (c, *names), v in _flat(variables).items()}
+        return found | {i: leaf.shape for i, leaf in enumerate(jax.tree.leaves(outputs))}
+
+    try:
+        old, new = shapes({}), shapes(updates)
+    except Exception:  # whatever a module says of inputs that do not fit
+        return None
+    return {
+        (key, axis - len(old[key]), a, b)
+        for key in old.keys() & new.keys()
+        for axis, (a, b) in enumerate(zip(old[key], new[key], strict=False))
+        if a != b
+    }
 
 
 def _enclosing(sites: Sites, edits: Edits) -> Edits:
     """Modules around the edited ones whose field says how many features they return.
 
-    Such a field has the number of channels of the module's output, and of the last linear layer in it that makes as many; it
-    gets what that layer makes now.
+    Such a field has the number of channels of one of the module's outputs, and of the last linear layer in it that makes as many;
+    it gets what that layer makes now.
     """
     found: dict[Path, nn.Module] = {}
     made = {
@@ -192,16 +279,19 @@ def _enclosing(sites: Sites, edits: Edits) -> Edits:
     order = {path: i for i, path in enumerate(sites.paths)}
     for site in sites:
         inside = [p for p in made if len(p) > len(site.path) and p[: len(site.path)] == site.path]
-        shape = getattr(site.outputs, "shape", None)
-        if not inside or not site.path or not shape:
+        leaves = [v.shape for v in jax.tree.leaves(site.outputs) if getattr(v, "shape", ())]
+        if not inside or not site.path:
             continue
-        for name, value in configuration(site.module).items():
-            if type(value) is not int or value != shape[-1]:
-                continue
+        for value in dict.fromkeys(shape[-1] for shape in leaves):
             last = [p for p in sorted(inside, key=order.__getitem__) if made[p][0] == value]
-            if last and made[last[-1]][1] != value:
+            if not last or made[last[-1]][1] == value:
+                continue
+            new = made[last[-1]][1]
+            wanted = [(i, -1, value, new) for i, s in enumerate(leaves) if s[-1] == value]
+            updates = _fields_for(site, value, new, wanted)
+            if updates:
                 base = found.get(site.path, site.module)
-                found[site.path] = base.clone(parent=None, **{name: made[last[-1]][1]})
+                found[site.path] = base.clone(parent=None, **updates)
     return found
 
 

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from nnopt.core import Example, carry, channel_groups, rewrite
-from nnopt.errors import BudgetError, DataError, UnsupportedNetworkError
+from nnopt.errors import BudgetError, DataError, PruneError, UnsupportedNetworkError
 from nnopt.rewrites import (
     at_random,
     batch_norm_scale,
@@ -33,12 +33,13 @@ from nnopt.rewrites import (
     prune,
     taylor,
 )
+from nnopt.rewrites.importance import check_derivatives
 from nnopt.training.apply import mode_of
 from nnopt.training.evaluation import Evaluator
 from nnopt.training.loop import Trainer, cross_entropy
 from nnopt.training.recipe import Recipe
 from nnopt.training.state import TrainState
-from nnopt.typing import Path, Variables
+from nnopt.typing import Variables
 
 Criterion = Literal["fisher", "taylor", "l1", "l2", "batch_norm", "random"]
 
@@ -130,7 +131,8 @@ class Pruner:
         """Finds the channels and prepares the step.
 
         Raises:
-            UnsupportedNetworkError: the network draws random numbers, or has none of these channels.
+            UnsupportedNetworkError: the network draws random numbers, has none of these channels, or reads some where the criterion
+                does not see them.
             DataError, UnsupportedNetworkError: see `Trainer` and `channel_groups`.
         """
         self._net, self._dataset, self.recipe = net, dataset, recipe
@@ -139,7 +141,7 @@ class Pruner:
         images = jax.ShapeDtypeStruct((batch, *dataset.image_shape), jnp.float32)
         self.example = Example(images, **mode_of(net, True))
         self.groups = channel_groups(net, self.example)
-        if any(e.primitive.name == "random_bits" for e in self.groups.flat.equations):
+        if self.groups.draws:
             raise UnsupportedNetworkError(
                 f"{type(net).__name__} draws random numbers in training (dropout?), which are not drawn anew here; "
                 "set its rate to zero for pruning"
@@ -154,7 +156,9 @@ class Pruner:
         self.whole = parameters_without(self.groups, {})
         last = {n: range(self.groups[n].size - 1) for n in self.names}
         self.smallest = parameters_without(self.groups, last)
-        self._axes = _axes(self.groups)
+        if recipe.criterion in ("fisher", "taylor"):
+            check_derivatives(self.groups, self.names)
+        self._axes = self.groups.axes()
         self._step = jax.jit(self._make_step(), donate_argnames=("state", "sums"))
         self._evaluator = Evaluator(net, dataset.mean, dataset.std)
 
@@ -184,6 +188,7 @@ class Pruner:
 
         Raises:
             BudgetError: every group has one channel left.
+            PruneError: the importance of a channel is not a number, because the training diverges.
         """
         began = time.perf_counter()
         gone = self.count(state)
@@ -199,7 +204,7 @@ class Pruner:
                 epoch = step // per_epoch
                 order = trainer.order(state.train.key, epoch)
             state, sums = self._step(state=state, sums=sums, order=order)
-        scores = self._scores(state)
+        scores = self._finite(state, self._scores(state))
         went = self._weakest(state, scores, min(self.recipe.at_once, self.most - gone))
         numbers = np.array(state.order)
         numbers[went] = gone + 1 + np.arange(len(went))
@@ -305,7 +310,7 @@ class Pruner:
                 array = flat[leaf[1:]]
                 shape = [1] * array.ndim
                 shape[axis] = -1
-                flat[leaf[1:]] = array * live[units].reshape(shape).astype(array.dtype)
+                flat[leaf[1:]] = jnp.where(live[units].reshape(shape) > 0, array, 0)
         return unflatten_dict(flat)
 
     def _scores(self, state: PruneState) -> np.ndarray:
@@ -326,6 +331,20 @@ class Pruner:
         for name in self.names:
             found[groups[name].units] = scores[name]
         return found
+
+    def _finite(self, state: PruneState, scores: np.ndarray) -> np.ndarray:
+        """The scores `[units]`, of which those that count must be numbers."""
+        gone = np.asarray(state.order)
+        for name in self.names:
+            own = self.groups[name].units
+            bad = np.flatnonzero(~np.isfinite(scores[own]) & (gone[own] == 0))
+            if len(bad):
+                done = int(state.train.step) // self.recipe.steps
+                raise PruneError(
+                    f"round {done}: {self.recipe.criterion} of channel {bad[0]} of {name!r} is {scores[own[bad[0]]]}, so the "
+                    "training diverges; start again with a smaller learning rate"
+                )
+        return scores
 
     def _weakest(self, state: PruneState, scores: np.ndarray, count: int) -> np.ndarray:
         """Units of the least important channels; each group keeps one."""
@@ -353,15 +372,3 @@ class Pruner:
             if len(where):
                 return f"{name}:{where[0]}"
         raise AssertionError(unit)
-
-
-def _axes(groups: Any) -> dict[tuple[Path, int], np.ndarray]:
-    """Unit of each index of each axis that has channels."""
-    found: dict[tuple[Path, int], np.ndarray] = {}
-    for group in groups.values():
-        for member in group.members:
-            key = member.leaf, member.axis
-            if key not in found:
-                found[key] = np.zeros(groups.leaves[member.leaf][member.axis], np.int64)
-            found[key][member.indices] = group.units[member.channels]
-    return found
