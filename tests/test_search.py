@@ -535,6 +535,7 @@ def test_killed_before_anything_was_known(small, tmp_path, monkeypatch):
         ("result.json", "[1, 2]", 'does not have "format"'),
         ("result.json", "{}", 'does not have "format"'),
         ("result.json", '{"format": "nnopt blockswap result", "version": 9}', "of version 9"),
+        ("result.json", '{"format": "nnopt blockswap result", "version": 1}', "has no 'search'"),
         ("scores.sqlite", "no scores" * 999, "remove the file"),
     ],
 )

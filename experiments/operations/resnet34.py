@@ -10,10 +10,9 @@ stays legal, and is timed against the original. A killed run takes up where it s
 Writes `layers.csv`, `layers.png`, `network.json` (a record that `nnopt.core.load_record` reads) and `network.txt`.
 """
 
-import csv
 import dataclasses
-import io
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from experiments.operations.candidates import (
     Candidate,
@@ -35,6 +33,7 @@ from experiments.operations.candidates import (
     mutated,
     timed,
 )
+from experiments.operations.report import Row, beaten, picture, table, write_csv
 from nnopt.backends import compile_network, describe_device, measure, speedup
 from nnopt.cli.bars import Bars
 from nnopt.core import Example, save_record
@@ -44,45 +43,6 @@ from nnopt.data import cifar10, minibatch
 from nnopt.errors import BudgetError, DataError, NnoptError
 from nnopt.nests import Program
 from nnopt.search.blockswap import network_named
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One operator of one layer; the convolution itself has an empty program and is named `conv`.
-
-    Attributes:
-        layer: its name.
-        name: of a named operator; empty for a generated one.
-        weights: number of them.
-        macs: of one image.
-        ms: median latency.
-        speedup: over the convolution, median of the rounds' ratios.
-        low: lower quartile of it.
-        high: upper quartile of it.
-        fisher: potential of the network with the operator, over that of the network as it is; NaN where it was not computed.
-        program: JSON.
-    """
-
-    layer: str
-    name: str
-    weights: int
-    macs: int
-    ms: float
-    speedup: float
-    low: float
-    high: float
-    fisher: float
-    program: str
-
-    @property
-    def legal(self) -> bool:
-        """Whether the network keeps its potential."""
-        return self.fisher >= 1.0
-
-    @property
-    def faster(self) -> bool:
-        """Whether it is, by the quartiles of the ratio and not by chance."""
-        return self.low > 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +89,7 @@ class MutateCommand:
             rows: list[Row] = []
             for number, layer in enumerate(found):
                 rows += self._layer(number, layer, legality, bars)
-            self._write(rows)
+            write_csv(self.out / "layers.csv", rows)
             console.print(table(found, rows))
             console.print(beaten(found, rows), highlight=False)
             picture(found, rows).savefig(self.out / "layers.png", dpi=130)
@@ -238,17 +198,6 @@ class MutateCommand:
             highlight=False,
         )
 
-    def _write(self, rows: Sequence[Row]) -> None:
-        text = io.StringIO()
-        names = [f.name for f in dataclasses.fields(Row)]
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows(
-            [f"{v:.5g}" if isinstance(v := getattr(r, n), float) else v for n in names]
-            for r in rows
-        )
-        write_whole(self.out / "layers.csv", text.getvalue())
-
 
 def _row(layer: Layer, candidate: Candidate, times: dict[str, float], ratio: float) -> Row:
     program = json.dumps(candidate.program.to_json())
@@ -264,131 +213,10 @@ def _row(layer: Layer, candidate: Candidate, times: dict[str, float], ratio: flo
 
 
 def _cifar10(data_dir: str | None) -> Any:
-    import os
-
     folder = data_dir or os.environ.get("NNOPT_DATA")
     if not folder:
         raise DataError("CIFAR-10 needs a folder: give --data-dir or set NNOPT_DATA")
     return cifar10(folder)
-
-
-def best(rows: Sequence[Row], layer: str, kind: str) -> Row | None:
-    """The fastest legal operator of a layer.
-
-    Args:
-        rows: of all layers.
-        layer: its name.
-        kind: `named` or `generated`.
-    """
-    legal = [
-        r
-        for r in rows
-        if r.layer == layer and r.legal and r.name != "conv" and bool(r.name) == (kind == "named")
-    ]
-    return min(legal, key=lambda r: r.ms, default=None)
-
-
-def table(found: Sequence[Layer], rows: Sequence[Row]) -> Table:
-    """For each layer the fastest legal operators."""
-    made = Table(
-        title="Fastest legal operators: speed-up over the convolution [quartiles], MACs, Fisher potential of the network"
-    )
-    for heading in ("convolution", "ms", "generated", "named", "legal / tested"):
-        made.add_column(
-            heading, justify="left" if heading in ("convolution", "generated", "named") else "right"
-        )
-    for layer in found:
-        (conv,) = (r for r in rows if r.layer == layer.name and r.name == "conv")
-        cells = []
-        for kind in ("generated", "named"):
-            r = best(rows, layer.name, kind)
-            text = (
-                "none"
-                if r is None
-                else f"{r.name} {r.speedup:.2f} [{r.low:.2f}, {r.high:.2f}], {r.macs / conv.macs:.0%}, {r.fisher:.3f}"
-            )
-            cells.append(text.strip())
-        tested = [
-            r for r in rows if r.layer == layer.name and r.name != "conv" and np.isfinite(r.fisher)
-        ]
-        made.add_row(
-            layer.name, f"{conv.ms:.3f}", *cells, f"{sum(r.legal for r in tested)} / {len(tested)}"
-        )
-    return made
-
-
-def beaten(found: Sequence[Layer], rows: Sequence[Row]) -> str:
-    """Generated operators that are faster than a named one, by the quartiles, at no lower Fisher potential."""
-    lines = ["Generated operators that beat named ones at no lower potential:"]
-    for layer in found:
-        here = [
-            r for r in rows if r.layer == layer.name and np.isfinite(r.fisher) and r.name != "conv"
-        ]
-        for new in sorted((r for r in here if not r.name and r.faster), key=lambda r: -r.speedup)[
-            :3
-        ]:
-            behind = [
-                r.name for r in here if r.name and new.low > r.high and new.fisher >= r.fisher
-            ]
-            if behind:
-                program = Program.from_json(new.program)
-                lines.append(
-                    f"  {layer.name}: {program}\n    {new.speedup:.2f}x, potential {new.fisher:.3f}, beats {', '.join(behind)}"
-                )
-    return (
-        "\n".join(lines)
-        if len(lines) > 1
-        else "No generated operator beats a named one at equal potential."
-    )
-
-
-def picture(found: Sequence[Layer], rows: Sequence[Row]) -> Any:
-    """Speed-ups layer by layer: the fastest legal operators, and all that were tried."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 0.9 + 0.52 * len(found)), layout="constrained")
-    axes = figure.add_subplot(1, 1, 1)
-    axes.axvline(1.0, color="0.6", lw=1)
-    for i, layer in enumerate(found):
-        here = [r for r in rows if r.layer == layer.name and r.name != "conv"]
-        for legal, colour, label in (
-            (False, "0.78", "tried, not legal or not tested"),
-            (True, "#5b9bd5", "legal"),
-        ):
-            some = [r.speedup for r in here if r.legal == legal]
-            axes.plot(
-                some, [i] * len(some), "|", ms=11, color=colour, label=label if i == 0 else None
-            )
-        for kind, colour, offset in (("generated", "#c0392b", -0.16), ("named", "#2c3e50", 0.16)):
-            row = best(rows, layer.name, kind)
-            if row is not None:
-                error = [[row.speedup - row.low], [row.high - row.speedup]]
-                axes.errorbar(
-                    row.speedup, i + offset, xerr=error, fmt="o", ms=5, color=colour, label=None
-                )
-                if row.name:
-                    axes.annotate(
-                        row.name,
-                        (row.high, i + offset),
-                        xytext=(5, -3),
-                        textcoords="offset points",
-                        fontsize=7,
-                        color=colour,
-                    )
-    for kind, colour in (
-        ("fastest legal generated", "#c0392b"),
-        ("fastest legal named", "#2c3e50"),
-    ):
-        axes.plot([], [], "o", color=colour, ms=5, label=kind)
-    axes.set_yticks(range(len(found)), [layer.name for layer in found], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("speed-up over the convolution")
-    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", "1", "2", "4", "8", "16"])
-    axes.minorticks_off()
-    axes.grid(axis="x", alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
-    return figure
 
 
 def main(args: Sequence[str] | None = None) -> None:

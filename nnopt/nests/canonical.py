@@ -7,8 +7,11 @@ weight lay: only which products share one.
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from typing import NamedTuple
+
+import numpy as np
 
 from nnopt.errors import NestError
 from nnopt.nests.index import Index, breaks
@@ -288,30 +291,32 @@ def _ordered(bands: list[Band]) -> tuple[Band, ...]:
 
 def weights(canon: Canonical) -> int:
     """Number of weights of an operator."""
-    total = 0
-    seen: set[Vector] = set()
-    for form in canon.forms:
-        if form.shared is None:
-            count = 1
-            for band in form.bands:
-                count *= band.extent if band.weighs else 1
-            total += count
-        else:
-            seen |= _places(form)
-    return total + len(seen)
+    alone = sum(
+        math.prod(b.extent for b in f.bands if b.weighs) for f in canon.forms if f.shared is None
+    )
+    together = [places(f).reshape(-1, len(f.k)) for f in canon.forms if f.shared is not None]
+    return alone + (len(np.unique(numbered(np.concatenate(together)))) if together else 0)
 
 
-def _places(form: Form) -> set[Vector]:
-    places = {form.k}
+def places(form: Form) -> np.ndarray:
+    """Where in the first kernel the weights of a nest lie: `[*loops that they depend on, dimensions]`."""
+    found = np.array(form.k)
     for band in form.bands:
         if band.weighs:
-            ((extent, step),) = band.digits
-            places = {
-                tuple(p + i * s for p, s in zip(place, step, strict=True))
-                for place in places
-                for i in range(extent)
-            }
-    return places
+            steps = np.zeros((1, len(form.k)), np.int64)
+            for extent, step in band.digits:
+                steps = (steps[:, None] + np.arange(extent)[:, None] * np.array(step)).reshape(
+                    -1, len(form.k)
+                )
+            found = found[..., None, :] + steps
+    return found
+
+
+def numbered(rows: np.ndarray) -> np.ndarray:
+    """A number for each row, `[rows, dimensions] -> [rows]`, in the order of the rows' values; sorting numbers is quick."""
+    low = rows.min(0)
+    number: np.ndarray = np.ravel_multi_index(tuple((rows - low).T), tuple(rows.max(0) - low + 1))
+    return number
 
 
 def check_disjoint(operator: Operator) -> None:
@@ -320,8 +325,6 @@ def check_disjoint(operator: Operator) -> None:
     Raises:
         NestError: one is not.
     """
-    import numpy as np
-
     count = np.zeros(operator.output, np.int64)
     for form in canonical(operator).forms:
         axes = []

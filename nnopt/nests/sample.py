@@ -86,7 +86,7 @@ def distinct(
     *,
     moves: int = 3,
     accept: Callable[[Drawn], bool] = lambda drawn: True,
-    patience: int = 200,
+    patience: int = 1000,
 ) -> list[Drawn]:
     """Programs of which no two compute the same operator, nor the convolution itself.
 
@@ -96,7 +96,7 @@ def distinct(
         rng: source of the decisions.
         moves: largest number of moves of each.
         accept: a filter, such as of parameters or data reuse; it sees each operator once.
-        patience: draws without a new operator after which there are taken to be no more.
+        patience: draws in a row that add nothing, after which there are taken to be no more.
 
     Returns:
         As many, or fewer if there are no more.
@@ -105,15 +105,15 @@ def distinct(
     found: list[Drawn] = []
     idle = 0
     while len(found) < count and idle < patience:
+        idle += 1
         drawn = draw(operator, rng, moves)
         if drawn.canon in seen:
-            idle += 1
             continue
         seen.add(drawn.canon)
-        idle = 0
         # A nest in very many pieces would be lowered to index arrays, which are slow.
         if all(pieces(f) <= MOST_PIECES for f in drawn.canon.forms) and accept(drawn):
             found.append(drawn)
+            idle = 0
     return found
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nnopt.nests.canonical import Canonical, Form
+from nnopt.nests.canonical import Canonical, Form, numbered, places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +93,13 @@ def layout(canon: Canonical) -> Layout:
     sources: list[tuple[int, np.ndarray | None]] = []
     name = "kernel" if count == 1 else "kernel_{}"
     for form in alone:
-        places = _places(form)
-        variables.append(_variable(name.format(len(variables)), places.shape[:-1], places, [form]))
-    shared = [_places(f) for f in together]
+        at = places(form)
+        variables.append(_variable(name.format(len(variables)), at.shape[:-1], at, [form]))
+    shared = [places(f) for f in together]
     if together:
         flat = np.concatenate([p.reshape(-1, p.shape[-1]) for p in shared])
-        unique, inverse = np.unique(flat, axis=0, return_inverse=True)
+        _, first, inverse = np.unique(numbered(flat), return_index=True, return_inverse=True)
+        unique = flat[first]
         variables.append(_variable(name.format(len(variables)), unique.shape[:1], unique, together))
         cuts = np.cumsum([p[..., 0].size for p in shared])[:-1]
         pieces = [
@@ -121,17 +122,3 @@ def _variable(
     window = tuple(b.extent for b in form.bands if b.weighs and not b.writes and any(b.x[:-1]))
     outputs = math.prod(b.extent for b in form.bands if b.weighs and b.writes)
     return Variable(name, shape, window, fan_in, outputs, places)
-
-
-def _places(form: Form) -> np.ndarray:
-    """Of the weights of a nest in the kernel: `[*loops that they depend on, dimensions]`."""
-    places = np.array(form.k)
-    for band in form.bands:
-        if band.weighs:
-            steps = np.zeros((1, len(form.k)), np.int64)
-            for extent, step in band.digits:
-                steps = (steps[:, None] + np.arange(extent)[:, None] * np.array(step)).reshape(
-                    -1, len(form.k)
-                )
-            places = places[..., None, :] + steps
-    return places

@@ -173,6 +173,9 @@ def load_result(folder: str | os.PathLike[str]) -> SearchResult:
         store.close()
 
 
+_PARTS = ("search", "space", "base", "winner", "scoring", "training", "latency")
+
+
 def _read_result(place: pathlib.Path) -> dict[str, Any] | None:
     """The content of `result.json`, or None where there is no such file.
 
@@ -190,6 +193,9 @@ def _read_result(place: pathlib.Path) -> dict[str, Any] | None:
         raise ResultFolderError(
             f"{path} is of version {summary.get('version')!r}, this nnopt reads {VERSION}; {remedy}"
         )
+    missing = [part for part in _PARTS if not isinstance(summary.get(part), dict)]
+    if missing:
+        raise ResultFolderError(f"{path} has no {missing[0]!r}; {remedy}")
     return summary
 
 
