@@ -41,6 +41,7 @@ from nnopt.nests.canonical import check_disjoint, weights
 from nnopt.nests.interpret import interpret, kernel_box
 from nnopt.nests.named import (
     depthwise,
+    dilated,
     grouped,
     pointwise,
     sequence1,
@@ -121,6 +122,9 @@ def test_named_operators_are_what_their_names_say():
     assert same(depthwise()(square), convolution((8, 8), 8, 8, (3, 3), groups=8))
     assert same(grouped(2)(square), convolution((8, 8), 8, 8, (3, 3), groups=2))
     assert same(pointwise((3, 3))(square), convolution((8, 8), 8, 8, (1, 1)))
+    assert same(
+        dilated()(square), convolution((8, 8), 8, 8, (2, 2), dilation=(2, 2), padding=((1, 1),) * 2)
+    )
     assert same(sequence1(8, (1, 1, 1, 1))(square), square)
     assert same(sequence3(1)(square), square)
     assert same(sequence4(8, (3, 3), (3, 3))(square), grouped(2)(square))

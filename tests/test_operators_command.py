@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nnopt.cli import operators
+from nnopt.cli import operators, programs
 from nnopt.cli.main import main
+from nnopt.errors import SearchError
 from nnopt.nests import Program, canonical, convolution
 from nnopt.nests.canonical import weights
 from nnopt.nests.roofline import arithmetic_intensity
@@ -167,6 +168,7 @@ def test_explain_a_grouped_convolution(capsys, monkeypatch):
         ("grouped:2", 288, 18_432),
         ("depthwise", 72, 4_608),
         ("pointwise", 64, 4_096),
+        ("dilated", 256, 16_384),
         ("spatial:2", 576, 9_216),
         ("sequence1:1,2", 432, 27_648),
         ("sequence2:4,2", 9 * (8 * 4 + 4 * 4 // 2), 36_864 * 40 // 64),
@@ -214,7 +216,7 @@ def test_any_convolution(capsys, monkeypatch, options):
 
 def test_modules_are_those_of_the_shape():
     """The module that is measured computes what the nest describes."""
-    conv = operators.ConvOptions((9, 8), 4, 8, (3, 1), (2, 1), "VALID", (2, 1), 2)
+    conv = programs.ConvOptions((9, 8), 4, 8, (3, 1), (2, 1), "VALID", (2, 1), 2)
     x = jnp.zeros((2, 9, 8, 4))
     base, empty = conv.module(), conv.module(Program())
     variables = base.init(jax.random.key(0), x)
@@ -280,7 +282,7 @@ def test_what_is_measured(capsys, monkeypatch):
 
     def times(self, programs, bars):
         timed.append(programs)
-        raise operators.SearchError("enough")
+        raise SearchError("enough")
 
     monkeypatch.setattr(operators.MeasureCommand, "_times", times)
     said(capsys, "measure", *SMALL, "--named", "grouped:2", "sequence1:1,2")

@@ -92,13 +92,16 @@ def _name(operator: Operator, conv: Any) -> str:
     return f"{inputs} -> {outputs}, {'x'.join(map(str, window))}{by}, {'x'.join(map(str, size))}"
 
 
-def candidates(layer: Layer, count: int, rng: np.random.Generator) -> list[Candidate]:
+def candidates(
+    layer: Layer, count: int, rng: np.random.Generator, least: float = 0.0
+) -> list[Candidate]:
     """Named operators as far as they are possible, then generated ones, no two of which are the same operator.
 
     Args:
         layer: to replace.
         count: of generated operators.
         rng: source of the draws.
+        least: part of the convolution's multiply-accumulates that a generated one has at least.
     """
     operator = layer.operator
     inputs, outputs = operator.input[-1], operator.output[-1]
@@ -124,9 +127,11 @@ def candidates(layer: Layer, count: int, rng: np.random.Generator) -> list[Candi
             found.append(Candidate(name, program, weights(canon), made.domain_size))
 
     def accept(drawn: Drawn) -> bool:
-        small = drawn.operator.domain_size <= MOST_MACS * operator.domain_size
+        part = drawn.operator.domain_size / operator.domain_size
         return (
-            small and drawn.canon not in seen and sum(map(pieces, drawn.canon.forms)) <= MOST_PIECES
+            least <= part <= MOST_MACS
+            and drawn.canon not in seen
+            and sum(map(pieces, drawn.canon.forms)) <= MOST_PIECES
         )
 
     for drawn in distinct(operator, count, rng, accept=accept):

@@ -176,10 +176,9 @@ def picture(found: Sequence[Layer], rows: Sequence[Row]) -> Any:
         axes.plot([], [], "o", color=colour, ms=5, label=kind)
     axes.set_yticks(range(len(found)), [layer.name for layer in found], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
     axes.set_xlabel("speed-up over the convolution")
-    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", "1", "2", "4", "8", "16"])
-    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside upper center", ncols=4)
     return figure

@@ -5,7 +5,8 @@ python -m experiments.operations.resnet34
 For every distinct convolution operators are generated and timed on this machine, beside the named ones, in one interleaved run;
 then the network's Fisher potential is computed with each of the faster ones in place of the first such layer. Legal operators are
 those with which it is not lower. The whole network then gets, layer by layer, the fastest operators with which *its* potential
-stays legal, and is timed against the original. A killed run takes up where it stopped. About 15 minutes on two cores.
+stays legal, and is timed against the original. Neither takes operators with less than an eighth of a convolution's work, which the
+potential would allow (`--least`). A killed run takes up where it stopped. About 15 minutes on two cores.
 
 Writes `layers.csv`, `layers.png`, `network.json` (a record that `nnopt.core.load_record` reads) and `network.txt`.
 """
@@ -25,6 +26,7 @@ import tyro
 from rich.console import Console
 
 from experiments.operations.candidates import (
+    MOST_MACS,
     Candidate,
     Layer,
     Legality,
@@ -55,6 +57,9 @@ class MutateCommand:
     """Generated operators that are timed for each distinct convolution."""
     tests: int = 8
     """Generated operators, the fastest, whose legality is tested for each."""
+    least: float = 0.125
+    """Part of a convolution's multiply-accumulates that a generated operator has at least, and any operator of the whole network:
+    Fisher potential at initialisation does not see that too little is left. 0 for no limit."""
     batch: int = 1
     """Images in a timed call."""
     repeats: int = 15
@@ -75,6 +80,8 @@ class MutateCommand:
         for name in ("count", "tests", "batch", "repeats", "fisher_batch"):
             if getattr(self, name) < 1:
                 raise BudgetError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        if not 0 <= self.least < MOST_MACS:
+            raise BudgetError(f"--least {self.least} is not from 0 to below {MOST_MACS}")
         console = Console() if sys.stdout.isatty() else Console(width=110)
         net = network_named(self.network, 10)
         images, labels = minibatch(
@@ -102,13 +109,24 @@ class MutateCommand:
         path = self.out / f"layer{number}.json"
         settings = {
             f: getattr(self, f)
-            for f in ("network", "count", "tests", "batch", "repeats", "fisher_batch", "seed")
+            for f in (
+                "network",
+                "count",
+                "tests",
+                "least",
+                "batch",
+                "repeats",
+                "fisher_batch",
+                "seed",
+            )
         }
         if path.exists():
             stored = json.loads(path.read_text())
             if stored["settings"] == settings:
                 return [Row(**row) for row in stored["rows"]]
-        tried = candidates(layer, self.count, np.random.default_rng([self.seed, number]))
+        tried = candidates(
+            layer, self.count, np.random.default_rng([self.seed, number]), self.least
+        )
         times = timed(layer, tried, self.batch, self.repeats, bars)
         by_speed = sorted(
             (i for i, c in enumerate(tried) if not c.name), key=lambda i: times[1 + i]["ms"]
@@ -154,8 +172,13 @@ class MutateCommand:
         order = sorted(found, key=lambda layer: -base[layer.name].ms * len(layer.paths))
         bars.phase("whole network", len(order))
         for layer in order:
+            least = self.least * layer.operator.domain_size
             legal = sorted(
-                (r for r in rows if r.layer == layer.name and r.legal and r.faster),
+                (
+                    r
+                    for r in rows
+                    if r.layer == layer.name and r.legal and r.faster and r.macs >= least
+                ),
                 key=lambda r: r.ms,
             )
             note = "stays"
@@ -186,7 +209,7 @@ class MutateCommand:
         save_record(small, self.out / "network.json")
         one = Example(images[:1], train=False)
         lines = [
-            f"{self.network}, batch {self.batch}, {describe_device()['kind']}",
+            f"{self.network}, batch {self.batch}, {describe_device()['device_kind']}",
             f"original: {times['original'].median_ms:.2f} ms, {parameters(net, one):,} parameters, {macs(net, one):,} MACs",
             f"mutated:  {times['mutated'].median_ms:.2f} ms, {parameters(small, one):,} parameters, {macs(small, one):,} MACs",
             f"speed-up {over.median:.2f} [{over.low:.2f}, {over.high:.2f}], Fisher potential {ratio:.3f} of the original's",

@@ -2,12 +2,20 @@
 
 Sequences 1 to 3 are those that Turner et al. (Neural Architecture Search as Program Transformation Exploration, ASPLOS 2021) found;
 the fourth mixes kernel sizes. All are for a convolution as `nnopt.nests.convolution` makes it, of one group.
+
+Of the blocks of Moonshine and BlockSwap (`nnopt.rewrites.Choice`) each convolution is a program: `grouped` and `depthwise` (G, BG),
+`pointwise` (the 1x1 of G, B and BG), `dilated` (`Conv2x2`). The blocks themselves are none, and no transformation makes them: they
+run two or three convolutions one after another, with a norm and a ReLU between, while the statements of a nest read the input of
+the convolution and nothing that another has computed. Without what stands between them they would still be none: their kernels
+multiply, so that the function is not linear in the weights. For the same reason there is no program for inverted bottlenecks
+(`MBConv6`), nor for `ACDC`, whose cosine transforms are no loops over weights. A block is replaced by `ReplaceBlock`, and the
+convolutions within it by `MutateConv`.
 """
 
 from collections.abc import Sequence
 
 from nnopt.errors import NestError
-from nnopt.nests.neural import Bottleneck, Depthwise, Group, Restrict, Slabs, Untie, Widen
+from nnopt.nests.neural import Bottleneck, Depthwise, Dilate, Group, Restrict, Slabs, Untie, Widen
 from nnopt.nests.program import Program
 from nnopt.nests.schedule import Split
 from nnopt.nests.step import Step
@@ -32,6 +40,17 @@ def pointwise(window: Sequence[int]) -> Program:
     letters = "dhw"[-len(window) :]
     return Program(
         tuple(Bottleneck(f"k{a}", n) for a, n in zip(letters, window, strict=True) if n > 1)
+    )
+
+
+def dilated(rank: int = 2) -> Program:
+    """The 2x2 convolution with dilation 2 in the corners of a 3x3 window: BlockSwap's `Conv2x2`.
+
+    Args:
+        rank: number of axes, each of window 3.
+    """
+    return Program(
+        tuple(s for a in "dhw"[-rank:] for s in (Restrict(f"k{a}", 0, 2), Dilate(f"k{a}", 2)))
     )
 
 

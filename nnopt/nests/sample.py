@@ -6,7 +6,7 @@ what comes out is a program with every decision in it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -79,6 +79,25 @@ def draw(operator: Operator, rng: np.random.Generator, moves: int = 3) -> Drawn:
     return Drawn(Program(tuple(steps)), operator, canonical(operator))
 
 
+def draws(operator: Operator, rng: np.random.Generator, moves: int = 3) -> Iterator[Drawn | None]:
+    """Draws without end.
+
+    Args:
+        operator: a convolution.
+        rng: source of the decisions.
+        moves: largest number of moves of each.
+
+    Yields:
+        What was drawn; None where it computes the same as the convolution, or as what was drawn before.
+    """
+    seen = {canonical(operator)}
+    while True:
+        drawn = draw(operator, rng, moves)
+        known = len(seen)
+        seen.add(drawn.canon)
+        yield drawn if len(seen) > known else None
+
+
 def distinct(
     operator: Operator,
     count: int,
@@ -101,20 +120,21 @@ def distinct(
     Returns:
         As many, or fewer if there are no more.
     """
-    seen = {canonical(operator)}
     found: list[Drawn] = []
     idle = 0
-    while len(found) < count and idle < patience:
+    for drawn in draws(operator, rng, moves):
         idle += 1
-        drawn = draw(operator, rng, moves)
-        if drawn.canon in seen:
-            continue
-        seen.add(drawn.canon)
-        # A nest in very many pieces would be lowered to index arrays, which are slow.
-        if all(pieces(f) <= MOST_PIECES for f in drawn.canon.forms) and accept(drawn):
+        if drawn is not None and _is_fast(drawn) and accept(drawn):
             found.append(drawn)
             idle = 0
+        if len(found) == count or idle == patience:
+            break
     return found
+
+
+def _is_fast(drawn: Drawn) -> bool:
+    """A nest in very many pieces would be lowered to index arrays, which are slow."""
+    return all(pieces(form) <= MOST_PIECES for form in drawn.canon.forms)
 
 
 class _Chooser:

@@ -16,6 +16,7 @@ from nnopt.rewrites.importance import (
     magnitude,
     taylor,
 )
+from nnopt.rewrites.operation import MutateConv
 from nnopt.rewrites.prune import (
     combined,
     masked,
@@ -35,7 +36,6 @@ from nnopt.rewrites.skeleton import (
     inner_groups,
     resize_groups,
 )
-from nnopt.rewrites.operation import MutateConv
 from nnopt.rewrites.structural import Configure, LowerGroupedConvs, Replace
 
 __all__ = [
