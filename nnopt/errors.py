@@ -77,3 +77,11 @@ class PruneError(NnoptError):
 
 class NestError(NnoptError):
     """A loop nest cannot be built, or a transformation is not possible on it."""
+
+
+class BackendError(NnoptError):
+    """A backend is not installed, not reachable, or cannot compile what it is given."""
+
+
+class UnsupportedPrimitiveError(BackendError):
+    """A function has a JAX primitive that a backend has no rule for."""

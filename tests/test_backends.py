@@ -12,6 +12,7 @@ import pytest
 from nnopt.backends import (
     Latency,
     Speedup,
+    XlaBackend,
     compile_network,
     describe_device,
     dispatch_ms,
@@ -114,7 +115,7 @@ def test_several_inputs_and_static_ones():
     )
     net = Net()
     variables = example.init(net, jax.random.key(0))
-    compiled = compile_network(net, variables, example, device=jax.devices()[0])
+    compiled = compile_network(net, variables, example, backend=XlaBackend(jax.devices()[0]))
     ids = jnp.asarray([0, 1, 2, 3])
     x, mask = compiled.inputs[0], jnp.asarray([True, False, True, True])
     assert [a.dtype for a in compiled.inputs] == [jnp.float16, jnp.int32, jnp.bool_]

@@ -1,85 +1,44 @@
-"""Compile networks with XLA, for any platform that JAX runs on."""
+"""XLA, for any platform that JAX runs on."""
 
 import dataclasses
 import importlib.metadata
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from nnopt.core import Example
-from nnopt.typing import Variables
+from nnopt.backends.compiled import Compiled
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Compiled:
-    """A network compiled for one input shape, ready to be called and timed.
+@dataclasses.dataclass(frozen=True)
+class XlaBackend:
+    """Compiles with XLA, ahead of time.
 
     Attributes:
-        run: the executable: arrays of the example, in the order of `inputs`, -> what the network
-            returns.
-        inputs: the arrays it is called with unless others are given.
-        compile_seconds: wall-clock time of tracing, lowering and compilation.
-        device: where it runs, as JSON values: see `describe_device`.
-    """
-
-    run: Callable[..., Any]
-    inputs: tuple[jax.Array, ...]
-    compile_seconds: float
-    device: dict[str, Any]
-
-    def __call__(self, *arrays: Any) -> Any:
-        """Runs once, on `inputs` if no arrays are given; the result may not be ready yet."""
-        return self.run(*(arrays or self.inputs))
-
-
-def compile_network(
-    net: nn.Module, variables: Variables, example: Any, *, device: jax.Device | None = None
-) -> Compiled:
-    """Compiles a network's inference, with its weights as constants.
-
-    A network is deployed with weights that no longer change, and XLA makes use of that: it packs
-    kernels for the convolution at hand and folds what depends on weights alone. With weights as
-    arguments that work is done again in each call, so nnopt never measures it that way.
-
-    Args:
-        net: any linen network, rewritten or not.
-        variables: its variables; they are copied into the executable.
-        example: an array of the network's input shape, or an `Example`. Whatever is no array in it is
-            static, such as the mode: `Example(x, train=False)`.
         device: where to run; JAX's default device if None.
-
-    Returns:
-        The compiled network. Its inputs are drawn from a normal distribution with a fixed seed, so
-        that two networks compiled for one example can be compared; integers and booleans are zeros.
     """
-    example = Example.of(example)
-    device = device or _default_device()
-    leaves, tree = jax.tree.flatten((example.args, example.kwargs))
-    is_array = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
-    random = np.random.default_rng(0)
-    inputs = tuple(
-        jax.device_put(_values(spec, random), device)
-        for spec, array in zip(leaves, is_array, strict=True)
-        if array
-    )
-    constants = jax.device_put(variables, device)
 
-    def infer(*arrays: jax.Array) -> Any:
-        rest = iter(arrays)
-        filled = [next(rest) if a else leaf for leaf, a in zip(leaves, is_array, strict=True)]
-        args, kwargs = jax.tree.unflatten(tree, filled)
-        return net.apply(constants, *args, **kwargs)
+    device: jax.Device | None = None
 
-    began = time.perf_counter()
-    run = jax.jit(infer).lower(*inputs).compile()
-    return Compiled(run, inputs, time.perf_counter() - began, describe_device(device))
+    @property
+    def name(self) -> str:
+        """See `Backend`."""
+        return "xla"
+
+    def describe(self) -> dict[str, Any]:
+        """See `Backend`."""
+        return describe_device(self.device)
+
+    def compile(self, function: Callable[..., Any], inputs: Sequence[jax.Array]) -> Compiled:
+        """See `Backend`."""
+        arrays = jax.device_put(tuple(inputs), self.device or _default_device())
+        began = time.perf_counter()
+        run = jax.jit(function).lower(*arrays).compile()
+        return Compiled(run, arrays, time.perf_counter() - began, self.describe())
 
 
 def describe_device(device: jax.Device | None = None) -> dict[str, Any]:
@@ -118,9 +77,3 @@ def _processor() -> str | None:
     except OSError:
         return None
     return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), None)
-
-
-def _values(spec: jax.ShapeDtypeStruct, random: np.random.Generator) -> np.ndarray:
-    if jnp.issubdtype(spec.dtype, jnp.inexact):
-        return random.standard_normal(spec.shape).astype(spec.dtype)
-    return np.zeros(spec.shape, spec.dtype)

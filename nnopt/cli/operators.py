@@ -132,8 +132,9 @@ class ExplainCommand:
         conv = self.conv.operator()
         facts(conv, "the convolution")
         given = self.program
-        named = given is None
-        program = programs.named_program(str(self.named), conv) if named else self._program(given)
+        program = (
+            programs.named_program(str(self.named), conv) if given is None else self._program(given)
+        )
         made = program(conv)
         tables = [totals_table(conv, made), *reuse_tables(made)]
         if program.steps:

@@ -278,7 +278,7 @@ def _pieces(costs: Facts) -> str:
 
 def _cells(costs: Facts, whole: Facts) -> list[str]:
     return [
-        f"{costs.weights / whole.weights:.3g}", f"{costs.macs / whole.macs:.3g}", _number(costs.intensity), _pieces(facts),
+        f"{costs.weights / whole.weights:.3g}", f"{costs.macs / whole.macs:.3g}", _number(costs.intensity), _pieces(costs),
     ]  # fmt: skip
 
 

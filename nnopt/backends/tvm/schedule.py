@@ -1,0 +1,171 @@
+"""Schedules of fused kernels on a CPU: a template for convolutions and products, and one for everything else.
+
+A kernel is what TVM has fused: perhaps zeros around an image, perhaps one convolution, then element-wise work. The template
+holds a tile of results in registers over the whole reduction, applies the element-wise work to it there, and stores it once.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nnopt.backends.tvm.conv import MAIN, ConvWorkload, Tile
+
+_LEAST_PARALLEL = 1 << 14
+"""Elements below which threads cost more than they bring."""
+
+
+def schedule(
+    function: Any, works: Mapping[str, tuple[ConvWorkload, Tile]], threads: int, lanes: int
+) -> Any:
+    """Schedules one kernel.
+
+    Args:
+        function: a PrimFunc.
+        works: convolutions by the name that their blocks have.
+        threads: to spread the work over.
+        lanes: elements in a vector register.
+
+    Returns:
+        The `tvm.s_tir.Schedule`, with its trace.
+    """
+    import tvm
+    from tvm import s_tir
+
+    sch = s_tir.Schedule(
+        tvm.IRModule({"main": function}), error_render_level="fast", debug_mask="none"
+    )
+    blocks = sch.get_child_blocks(sch.get_sblock("root"))
+    main = [b for b in blocks if MAIN in sch.get(b).annotations]
+    if len(main) == 1:
+        work, tile = works[str(sch.get(main[0]).annotations[MAIN])]
+        _convolution(sch, blocks, main[0], work, tile, threads, lanes)
+    else:
+        _others(sch, blocks, threads, lanes)
+    return sch
+
+
+def _convolution(
+    sch: Any,
+    blocks: list[Any],
+    conv: Any,
+    work: ConvWorkload,
+    tile: Tile,
+    threads: int,
+    lanes: int,
+) -> None:
+    at = next(i for i, b in enumerate(blocks) if sch.get(b).same_as(sch.get(conv)))
+    before, after = blocks[:at], blocks[at + 1 :]
+    sch.unannotate(conv, MAIN)
+    for block in after[:-1]:
+        sch.compute_inline(block)
+    epilogue = after[-1] if after else None
+    shape = _extents(sch, conv, "spatial")
+    if epilogue is not None and not _fits(_extents(sch, epilogue, "spatial"), shape):
+        # It moves elements, such as a reshape: no part of a tile's result is a tile of it.
+        _others(sch, [epilogue], threads, lanes)
+        epilogue = None
+        kept = sch.cache_write(conv, 0, "local")
+    elif epilogue is None:
+        kept = sch.cache_write(conv, 0, "local")
+    else:
+        kept = epilogue
+        sch.set_scope(conv, 0, "local")
+    rank = len(tile.pixels)
+    n, *loops = sch.get_loops(conv)
+    spatial, channel, reduction = loops[:rank], loops[rank], loops[rank + 1 :]
+    outer, inner = [], []
+    for loop, size in zip(spatial, tile.pixels, strict=True):
+        a, b = sch.split(loop, [None, size])
+        outer.append(a)
+        inner.append(b)
+    blocks_of, vectors, vector = sch.split(channel, [None, tile.vectors, tile.lanes])
+    first = [n, *outer]
+    extent = {id(loop): int(sch.get(loop).extent) for loop in [*first, blocks_of]}
+    # The operand that is larger is read once: its loop is the outer one.
+    weights_first = work.weight_bytes > work.image_bytes
+    order = [blocks_of, *first] if weights_first else [*first, blocks_of]
+    sch.reorder(*order, *reduction, *inner, vectors, vector)
+    if threads > 1:
+        lead, count = [], 1
+        for loop in order[:-1]:
+            lead.append(loop)
+            count *= extent[id(loop)]
+            if count >= 4 * threads:
+                break
+        fused = sch.fuse(*lead) if len(lead) > 1 else lead[0]
+        sch.parallel(fused)
+    last = order[-1]
+    sch.reverse_compute_at(kept, last, preserve_unit_loops=True)
+    inside = sch.get_loops(kept)[-(rank + 2) :]
+    split = sch.split(inside[-1], [None, tile.lanes])
+    sch.vectorize(split[-1])
+    for loop in (*inside[1:-1], split[0]):
+        sch.unroll(loop)
+    for loop in (*inner, vectors):
+        sch.unroll(loop)
+    sch.vectorize(vector)
+    init = sch.decompose_reduction(conv, reduction[0])
+    *rest, lane = sch.get_loops(init)[-(rank + 2) :]
+    sch.vectorize(lane)
+    for loop in rest:
+        sch.unroll(loop)
+    for block in before:
+        _others(sch, [block], threads, lanes)
+
+
+def _fits(epilogue: list[int], conv: list[int]) -> bool:
+    return len(epilogue) == len(conv) and all(e <= c for e, c in zip(epilogue, conv, strict=True))
+
+
+def _extents(sch: Any, block: Any, kind: str) -> list[int]:
+    from tvm import tirx
+
+    wanted = tirx.IterVar.DataPar if kind == "spatial" else tirx.IterVar.CommReduce
+    return [int(v.dom.extent) for v in sch.get(block).iter_vars if v.iter_type == wanted]
+
+
+def _others(sch: Any, blocks: list[Any], threads: int, lanes: int) -> None:
+    """Element-wise work is inlined as far as it goes; each loop nest that is left runs in vectors along its last axis."""
+    from tvm import s_tir
+
+    left = []
+    for block in blocks:
+        if not _extents(sch, block, "reduction") and sch.get_consumers(block):
+            try:
+                sch.compute_inline(block)
+                continue
+            except s_tir.ScheduleError:  # such as what is read at several places by a reduction
+                pass
+        left.append(block)
+    for block in left:
+        _vectorized(sch, block, threads, lanes)
+
+
+def _vectorized(sch: Any, block: Any, threads: int, lanes: int) -> None:
+    spatial, reduction = _extents(sch, block, "spatial"), _extents(sch, block, "reduction")
+    loops = sch.get_loops(block)
+    if len(loops) != len(spatial) + len(reduction) or not spatial:
+        return
+    outer, over = loops[: len(spatial)], loops[len(spatial) :]
+    last = outer.pop()
+    width = next((w for w in (lanes, lanes // 2, lanes // 4) if w > 1 and spatial[-1] % w == 0), 1)
+    if width == 1 and spatial[-1] >= lanes:
+        width = lanes
+    work = math.prod(spatial) * math.prod(reduction)
+    if width > 1:
+        rest, vector = sch.split(last, [None, width])
+        sch.reorder(*outer, rest, *over, vector)
+        outer.append(rest)
+    elif not over:
+        return
+    else:
+        outer.append(last)
+        vector = None
+    if threads > 1 and work >= _LEAST_PARALLEL:
+        sch.parallel(sch.fuse(*outer) if len(outer) > 1 else outer[0])
+    if vector is not None and (not over or spatial[-1] % width == 0):
+        sch.vectorize(vector)
+    if over:
+        init = sch.decompose_reduction(block, over[0])
+        if vector is not None and spatial[-1] % width == 0:
+            sch.vectorize(sch.get_loops(init)[-1])
