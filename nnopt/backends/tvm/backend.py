@@ -27,7 +27,7 @@ class TvmBackend:
 
     Attributes:
         threads: that a kernel is spread over: 1, or None for all that TVM has (`TVM_NUM_THREADS`, else the cores of the process).
-        scheduled: `template`, a fixed schedule for convolutions and products whose tile a model chooses; or `none`, loops as they are.
+        scheduled: `template`, a fixed schedule for convolutions and products whose tile a model chooses; or `none`, plain loops.
     """
 
     threads: int | None = None
