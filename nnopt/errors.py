@@ -83,5 +83,9 @@ class BackendError(NnoptError):
     """A backend is not installed, not reachable, or cannot compile what it is given."""
 
 
+class MeasurementError(BackendError):
+    """Latencies of different set-ups are mixed, a latency table is damaged or lacks something, or nothing can be measured as asked."""
+
+
 class UnsupportedPrimitiveError(BackendError):
     """A function has a JAX primitive that a backend has no rule for."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nnopt.backends.compiled import Compiled
+from nnopt.backends.setup import affinity, load_average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +49,21 @@ def describe_device(device: jax.Device | None = None) -> dict[str, Any]:
 
     Returns:
         `platform` (`cpu`, `gpu`, `tpu`), `device_kind` (of a CPU, the processor's model where the
-        system tells it), `cores` that this process may use, `jax` and `jaxlib` versions, and
-        `load_average` of the host over the last minute, None where the system has none. Above
-        `cores`, something else kept the host busy.
+        system tells it), `cores` that this process may use and whether it is `pinned` to them,
+        `threads` that a kernel may be spread over (None on an accelerator), `jax` and `jaxlib`
+        versions, and `load_average` of the host over the last minute, None where the system has
+        none. Above `cores`, something else kept the host busy.
     """
     device = device or _default_device()
-    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    on = affinity()
     return {
         "platform": device.platform,
         "device_kind": (device.platform == "cpu" and _processor()) or device.device_kind,
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        **on,
+        "threads": on["cores"] if device.platform == "cpu" else None,
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
-        "load_average": load,
+        "load_average": load_average(),
     }
 
 
