@@ -1,7 +1,7 @@
 """What a backend is, and what it makes: a function compiled for arrays of one shape, ready to be called and timed."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -28,6 +28,7 @@ class Compiled:
         device: where it runs, as JSON values: what the backend's `describe` says.
         schedule: how it came by its loops, for people: a latency means little without it.
         to_jax: what `run` returns -> pytree of arrays as the function returns it.
+        traces: instructions of each kernel's schedule as JSON, by its name, where the backend is told how to schedule.
     """
 
     run: Callable[..., Any]
@@ -36,6 +37,7 @@ class Compiled:
     device: dict[str, Any]
     schedule: str = "as XLA chose"
     to_jax: Callable[[Any], Any] = lambda result: result
+    traces: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, *arrays: Any) -> Any:
         """Runs once, on `inputs` if no arrays are given; the result may not be ready yet."""

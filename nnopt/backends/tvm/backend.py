@@ -14,7 +14,8 @@ from nnopt.backends.compiled import Compiled
 from nnopt.backends.tvm.conv import ConvWorkload, Tile, tiles
 from nnopt.backends.tvm.emit import Emitter, load_rules
 from nnopt.backends.tvm.load import cores, threads, tvm
-from nnopt.backends.tvm.schedule import schedule
+from nnopt.backends.tvm.nest import as_given
+from nnopt.backends.tvm.schedule import Work, schedule, trace_json
 from nnopt.backends.tvm.values import Value
 from nnopt.backends.xla import describe_device
 from nnopt.core.marks import mark_sites
@@ -79,8 +80,9 @@ class TvmBackend:
             function, arrays, lambda work: tiles(work, lanes, registers)[0]
         )
         module = fused(module)
+        traces: dict[str, str] = {}
         if self.scheduled == "template":
-            module = scheduled(module, works, count, lanes)
+            module, traces = scheduled(module, works, count, lanes)
         executable = built(module, target)
         machine = relax.VirtualMachine(executable, tvm().cpu())
         seconds = time.perf_counter() - began
@@ -94,7 +96,7 @@ class TvmBackend:
             return jax.tree.unflatten(structure, [jnp.asarray(leaf.numpy()) for leaf in leaves])
 
         how = {"template": "templates, tiles by a model", "none": "not scheduled"}[self.scheduled]
-        return Compiled(machine["main"], arrays, seconds, self.describe(), how, to_jax)
+        return Compiled(machine["main"], arrays, seconds, self.describe(), how, to_jax, traces)
 
 
 def target_of_host(count: int) -> Any:
@@ -121,16 +123,16 @@ def vectors(target: Any) -> tuple[int, int]:
 
 def emitted(
     function: Callable[..., Any], arrays: Sequence[jax.Array], tile: Callable[[ConvWorkload], Tile]
-) -> tuple[Any, dict[str, tuple[ConvWorkload, Tile]], Any]:
+) -> tuple[Any, dict[str, Work], Any]:
     """A function as a Relax module.
 
     Returns:
-        The module, its convolutions by the name of their blocks, and the structure of what the function returns.
+        The module, what is to be scheduled in it by the name of its blocks, and the structure of what the function returns.
     """
     load_rules()
     from tvm import relax
 
-    with nn.intercept_methods(mark_sites):
+    with nn.intercept_methods(mark_sites), nn.intercept_methods(as_given):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arrays)
     builder = relax.BlockBuilder()
     emitter = Emitter(builder, tile)
@@ -176,16 +178,22 @@ def fused(module: Any) -> Any:
 
 
 def scheduled(
-    module: Any, works: dict[str, tuple[ConvWorkload, Tile]], count: int, lanes: int
-) -> Any:
-    """Every kernel by its template."""
+    module: Any, works: dict[str, Work], count: int, lanes: int
+) -> tuple[Any, dict[str, str]]:
+    """Every kernel by its template, or as its program says.
+
+    Returns:
+        The module, and the instructions of each schedule by the name of the kernel.
+    """
     from tvm import tirx
 
+    traces = {}
     for variable, function in module.functions_items():
         if isinstance(function, tirx.PrimFunc):
-            made = schedule(function, works, count, lanes).mod["main"]
-            module.update_func(variable, made)
-    return module
+            made = schedule(function, works, count, lanes)
+            module.update_func(variable, made.mod["main"])
+            traces[str(variable.name_hint)] = trace_json(made)
+    return module, traces
 
 
 def built(module: Any, target: Any) -> Any:

@@ -238,8 +238,8 @@ def _padded(x: Any, read: Sequence[int], channels: int, work: ConvWorkload) -> A
 def tiles(work: ConvWorkload, lanes: int, registers: int) -> list[Tile]:
     """Tiles that may be fast, the best by a simple model first.
 
-    The model counts the instructions of one step of the reduction: products, loads of weights and of inputs (of which two are
-    loaded in the time of a product), at least as many as the latency of a product; and the work on what is cropped.
+    The model counts the cycles of one step of the reduction, of a core that does two products and two loads in each: those of
+    products, loads of weights and inputs, and the latency of a product, whichever is most; and the work on what is cropped.
 
     Args:
         work: the convolution.
@@ -257,9 +257,10 @@ def tiles(work: ConvWorkload, lanes: int, registers: int) -> list[Tile]:
             size, padded = tile.rounded(work)
             steps = math.prod(size) // math.prod(pixels) * padded // (lanes * vectors)
             count = math.prod(pixels)
-            loads = vectors + count * (1.0 if work.depthwise else 0.5)
-            # A weight that serves few pixels is a weight that is loaded often, from farther away.
-            cost = steps * max(tile.accumulators, loads, 4) * (1 + 0.3 / count)
+            inputs = tile.accumulators if work.depthwise else count
+            cycles = max(tile.accumulators / 2, 4, (vectors + inputs) / 2)
+            # A weight that serves few pixels is loaded often, from farther away; many accumulators leave few registers for it.
+            cost = steps * cycles * (1 + 0.3 / count + 0.004 * max(0, tile.accumulators - 16))
             found.append((cost, -tile.accumulators, abs(pixels[0] - pixels[-1]), tile))
     return [tile for *_, tile in sorted(found, key=lambda f: f[:3])]
 

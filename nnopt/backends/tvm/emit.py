@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from nnopt.backends.tvm.conv import ConvWorkload, Tile, convolve, pack
+from nnopt.backends.tvm.schedule import Work
 from nnopt.backends.tvm.values import Value
 from nnopt.core.marks import OpenSites
 from nnopt.core.paths import path_text
@@ -45,14 +46,14 @@ class Emitter:
     Attributes:
         builder: `relax.BlockBuilder`.
         tile: which tile a convolution gets.
-        works: convolutions and their tiles, by the name that their blocks have.
+        works: convolutions with their tiles, and nests with a schedule, by the name that their blocks have.
     """
 
     def __init__(self, builder: Any, tile: Callable[[ConvWorkload], Tile]) -> None:
         """Begins with nothing."""
         self.builder = builder
         self.tile = tile
-        self.works: dict[str, tuple[ConvWorkload, Tile]] = {}
+        self.works: dict[str, Work] = {}
         self._sites = OpenSites()
 
     def run(self, jaxpr: Any, constants: Iterable[Any], values: Iterable[Value]) -> list[Value]:
@@ -73,7 +74,9 @@ class Emitter:
         known |= zip(jaxpr.invars, values, strict=True)
 
         def read(atom: Any) -> Value:
-            return Value.of(atom.val) if isinstance(atom, jex.Literal) else known[atom]
+            if isinstance(atom, jex.Literal):  # perhaps a number of Python's, which knows no width
+                return Value.of(np.asarray(atom.val, atom.aval.dtype))
+            return known[atom]
 
         for equation in jaxpr.eqns:
             outputs = self.equation(equation, [read(v) for v in equation.invars])
@@ -109,7 +112,7 @@ class Emitter:
 
     def unsupported(self, equation: Any, what: str = "") -> UnsupportedPrimitiveError:
         """An error that says what is not supported, and where it stands."""
-        where = path_text(self._sites.innermost) or "the function itself"
+        where = path_text(self._sites.innermost) if self._sites.innermost else "the function itself"
         shapes = ", ".join(v.aval.str_short() for v in equation.invars)
         return UnsupportedPrimitiveError(
             f"tvm: no rule for the JAX primitive {equation.primitive.name}{what} ({shapes}) in {where}; "

@@ -4,24 +4,29 @@ A kernel is what TVM has fused: perhaps zeros around an image, perhaps one convo
 holds a tile of results in registers over the whole reduction, applies the element-wise work to it there, and stores it once.
 """
 
+import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from nnopt.backends.tvm.conv import MAIN, ConvWorkload, Tile
+from nnopt.backends.tvm.given import schedule_as_given
+from nnopt.nests import Nest
 
 _LEAST_PARALLEL = 1 << 14
 """Elements below which threads cost more than they bring."""
 
 
-def schedule(
-    function: Any, works: Mapping[str, tuple[ConvWorkload, Tile]], threads: int, lanes: int
-) -> Any:
+Work: TypeAlias = tuple[ConvWorkload, Tile] | Nest
+"""What a template, or a program, says how to run."""
+
+
+def schedule(function: Any, works: Mapping[str, Work], threads: int, lanes: int) -> Any:
     """Schedules one kernel.
 
     Args:
         function: a PrimFunc.
-        works: convolutions by the name that their blocks have.
+        works: what is scheduled as it says, by the name that its blocks have.
         threads: to spread the work over.
         lanes: elements in a vector register.
 
@@ -35,12 +40,48 @@ def schedule(
         tvm.IRModule({"main": function}), error_render_level="fast", debug_mask="none"
     )
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
-    main = [b for b in blocks if MAIN in sch.get(b).annotations]
-    if len(main) == 1:
-        work, tile = works[str(sch.get(main[0]).annotations[MAIN])]
-        _convolution(sch, blocks, main[0], work, tile, threads, lanes)
-    else:
+    main = [(b, works[str(name)]) for b in blocks if (name := sch.get(b).annotations.get(MAIN))]
+    for block, _ in main:
+        sch.unannotate(block, MAIN)
+    if not main:
         _others(sch, blocks, threads, lanes)
+    elif isinstance(main[0][1], tuple):
+        ((conv, (work, tile)),) = main
+        _convolution(sch, blocks, conv, work, tile, threads, lanes)
+    else:
+        _nests(sch, blocks, dict(main), threads, lanes)
+    return sch
+
+
+def trace_json(sch: Any) -> str:
+    """The instructions of a schedule: `replay` gives the same for the same kernel."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, str | float | bool | None):
+            return str(value) if isinstance(value, str) else value
+        if isinstance(value, int):
+            return int(value)
+        if hasattr(value, "value"):  # TVM's own numbers
+            return value.value
+        if hasattr(value, "items"):
+            return {str(k): plain(v) for k, v in value.items()}
+        return [plain(v) for v in value]
+
+    return json.dumps(plain(sch.trace.simplified(True).as_json()))
+
+
+def replay(function: Any, trace: str) -> Any:
+    """A kernel scheduled again.
+
+    Args:
+        function: the PrimFunc as it was before.
+        trace: of `trace_json`.
+    """
+    import tvm
+    from tvm import s_tir
+
+    sch = s_tir.Schedule(tvm.IRModule({"main": function}))
+    s_tir.schedule.Trace.apply_json_to_schedule(json.loads(trace), sch)
     return sch
 
 
@@ -55,7 +96,6 @@ def _convolution(
 ) -> None:
     at = next(i for i, b in enumerate(blocks) if sch.get(b).same_as(sch.get(conv)))
     before, after = blocks[:at], blocks[at + 1 :]
-    sch.unannotate(conv, MAIN)
     for block in after[:-1]:
         sch.compute_inline(block)
     epilogue = after[-1] if after else None
@@ -110,7 +150,22 @@ def _convolution(
     for loop in rest:
         sch.unroll(loop)
     for block in before:
-        _others(sch, [block], threads, lanes)
+        # Not inlined: the products would be tested one by one.
+        _vectorized(sch, block, threads, lanes)
+
+
+def _nests(
+    sch: Any, blocks: list[Any], nests: Mapping[Any, Nest], threads: int, lanes: int
+) -> None:
+    """Nests as they are given; what is around them is no part of a program."""
+    given = {sch.get(b).name_hint: nest for b, nest in nests.items()}
+    last = max(i for i, b in enumerate(blocks) if sch.get(b).name_hint in given)
+    before = [b for b in blocks[:last] if sch.get(b).name_hint not in given]
+    for block in before:
+        _vectorized(sch, block, threads, lanes)
+    _others(sch, blocks[last + 1 :], threads, lanes)
+    for block, nest in nests.items():
+        schedule_as_given(sch, block, nest)
 
 
 def _fits(epilogue: list[int], conv: list[int]) -> bool:

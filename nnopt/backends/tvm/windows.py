@@ -4,21 +4,27 @@ from collections.abc import Callable
 from typing import Any
 
 from nnopt.backends.tvm.emit import Emitter, rule
+from nnopt.backends.tvm.scalars import equal, greater, highest, is_nan, lesser, lowest
 from nnopt.backends.tvm.values import Value
 
 
 def _reducers() -> dict[str, tuple[Callable[..., Any], Callable[[str], Any]]]:
-    """By kind: of expression and axes -> reduction, and what an empty one is."""
+    """By kind: of expression and axes -> reduction, and of a type -> what an empty one is."""
     from tvm import te, tirx
 
-    def prod(x: Any, axis: Any) -> Any:
-        return te.comm_reducer(lambda a, b: a * b, lambda dtype: tirx.const(1, dtype))(x, axis=axis)
+    def made(
+        function: Callable[[Any, Any], Any], empty: Callable[[str], float]
+    ) -> tuple[Callable[..., Any], Any]:
+        def identity(dtype: str) -> Any:
+            return tirx.const(empty(dtype), dtype)
+
+        return te.comm_reducer(function, identity), identity
 
     return {
         "sum": (te.sum, lambda dtype: tirx.const(0, dtype)),
-        "max": (te.max, tirx.min_value),
-        "min": (te.min, tirx.max_value),
-        "prod": (prod, lambda dtype: tirx.const(1, dtype)),
+        "max": made(greater, lowest),
+        "min": made(lesser, highest),
+        "prod": made(lambda a, b: a * b, lambda dtype: 1),
     }
 
 
@@ -67,27 +73,38 @@ def _over(emitter: Emitter, value: Value, axes: Any, kind: str) -> Value:
 
 @rule("argmax", "argmin")
 def _arg(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
-    """The first of equal ones."""
-    from tvm import topi
+    """The first of equal ones, or the first that is no number."""
+    from tvm import te, tirx
 
     value, (axis,) = emitter.full(values[0]), equation.params["axes"]
-    function = getattr(topi, equation.primitive.name)
     dtype = str(equation.outvars[0].aval.dtype)
-    shape = tuple(equation.outvars[0].aval.shape)
-    return emitter.te(
-        lambda x: topi.cast(function(x, axis=axis, select_last_index=False), dtype),
-        [value], shape, dtype, name=equation.primitive.name,
-    )  # fmt: skip
+    kind = {"argmax": "max", "argmin": "min"}[equation.primitive.name]
+    best = _over(emitter, value, (axis,), kind)
+
+    # The least place that holds it. Not one reduction of pairs, which TVM does wrong in vectors.
+    def expression(x: Any, b: Any) -> Any:
+        reducer, none = _reducers()["min"]
+        r = te.reduce_axis((0, value.shape[axis]), "r")
+
+        def element(*at: Any) -> Any:
+            at = at if best.shape else ()
+            one, other = x[(*at[:axis], r, *at[axis:])], b[at]
+            found = tirx.Or(equal(one, other), tirx.And(is_nan(one), is_nan(other)))
+            return reducer(tirx.Select(found, tirx.Cast(dtype, r), none(dtype)), axis=r)
+
+        return te.compute(best.shape, element, name="arg")
+
+    return emitter.te(expression, [value, best], best.shape, dtype, name=equation.primitive.name)
 
 
-@rule("cumsum", "cumprod")
+@rule("cumsum", "cumprod", "cummax", "cummin")
 def _cumulative(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     """As a sum over all elements, those behind counted as none: axes here are short."""
     from tvm import te, tirx
 
     value = emitter.full(values[0])
     axis, turned = equation.params["axis"], equation.params["reverse"]
-    reducer, empty = _reducers()[{"cumsum": "sum", "cumprod": "prod"}[equation.primitive.name]]
+    reducer, empty = _reducers()[equation.primitive.name[3:]]
 
     def expression(x: Any) -> Any:
         r = te.reduce_axis((0, value.shape[axis]), "r")
@@ -104,11 +121,29 @@ def _cumulative(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
 
 @rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 def _window(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
+    return _windows(emitter, equation, values[0], equation.primitive.name.rsplit("_", 1)[1], None)
+
+
+_KINDS = {"add": "sum", "max": "max", "min": "min", "mul": "prod"}
+
+
+@rule("reduce_window")
+def _any_window(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
+    """Of one of these operations, beginning with any number, which is also what stands around the array."""
+    equations = equation.params["jaxpr"].eqns
+    kind = _KINDS.get(equations[0].primitive.name) if len(equations) == 1 else None
+    if kind is None or len(values) != 2 or not values[1].constant:
+        raise emitter.unsupported(equation, " of another operation than sum, max, min and product")
+    return _windows(emitter, equation, values[0], kind, values[1].data.item())
+
+
+def _windows(
+    emitter: Emitter, equation: Any, value: Value, kind: str, start: float | None
+) -> Value:
     """Windows of any rank, with strides, padding and dilation of both."""
     from tvm import te, tirx
 
-    value, p = emitter.full(values[0]), equation.params
-    kind = equation.primitive.name.rsplit("_", 1)[1]
+    value, p = emitter.full(value), equation.params
     shape = tuple(equation.outvars[0].aval.shape)
     rank = len(shape)
     window, strides, padding = p["window_dimensions"], p["window_strides"], p["padding"]
@@ -116,6 +151,7 @@ def _window(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
 
     def expression(x: Any) -> Any:
         reducer, empty = _reducers()[kind]
+        outside = empty(value.dtype) if start is None else tirx.const(start, value.dtype)
         axes = {a: te.reduce_axis((0, n), f"w{a}") for a, n in enumerate(window) if n > 1}
         source = x
         read = [
@@ -140,7 +176,7 @@ def _window(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
                 if not conditions:
                     return x[tuple(where)]
                 inside = conditions[0] if len(conditions) == 1 else tirx.all(*conditions)
-                return tirx.if_then_else(inside, x[tuple(where)], empty(value.dtype))
+                return tirx.if_then_else(inside, x[tuple(where)], outside)
 
             source = te.compute(tuple(read), padded, name="pad")
 
@@ -153,11 +189,15 @@ def _window(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
                 return source[where]
             return reducer(source[where], axis=list(axes.values()))
 
-        return te.compute(shape, element, name="window")
+        made = te.compute(shape, element, name="window")
+        if start is None:
+            return made
+        join = {
+            "sum": lambda a, b: a + b,
+            "prod": lambda a, b: a * b,
+            "max": greater,
+            "min": lesser,
+        }[kind]
+        return te.compute(shape, lambda *at: join(made[at], outside), name="start")
 
     return emitter.te(expression, [value], shape, value.dtype, name="window")
-
-
-@rule("reduce_window")
-def _any_window(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
-    raise emitter.unsupported(equation, " of another operation than sum, max and min")
