@@ -23,7 +23,7 @@ Rule = Callable[["Emitter", Any, list[Value]], Value | Sequence[Value]]
 RULES: dict[str, Rule] = {}
 """By name of the primitive."""
 CALLS = (
-    "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2", "custom_lin",
+    "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2", "custom_lin", "composite",
 )  # fmt: skip
 """Primitives that run one jaxpr on their operands."""
 DTYPES = ("float32", "float64", "int32", "int64", "uint8", "int8", "uint32", "bool")
@@ -276,6 +276,13 @@ _CONTROL = ("scan", "cond", "while")
 @functools.cache
 def load_rules() -> dict[str, Rule]:
     """Rules of all files."""
-    from nnopt.backends.tvm import control, elementwise, products, shapes, windows  # noqa: F401
+    from nnopt.backends.tvm import (  # noqa: F401
+        control,
+        elementwise,
+        places,
+        products,
+        shapes,
+        windows,
+    )
 
     return RULES

@@ -100,7 +100,7 @@ def _convolution(
         sch.compute_inline(block)
     epilogue = after[-1] if after else None
     shape = _extents(sch, conv, "spatial")
-    if epilogue is not None and not _fits(_extents(sch, epilogue, "spatial"), shape):
+    if epilogue is not None and not _in_place(sch, epilogue, conv, shape):
         # It moves elements, such as a reshape: no part of a tile's result is a tile of it.
         _others(sch, [epilogue], threads, lanes)
         epilogue = None
@@ -168,8 +168,25 @@ def _nests(
         schedule_as_given(sch, block, nest)
 
 
-def _fits(epilogue: list[int], conv: list[int]) -> bool:
-    return len(epilogue) == len(conv) and all(e <= c for e, c in zip(epilogue, conv, strict=True))
+def _in_place(sch: Any, epilogue: Any, conv: Any, shape: list[int]) -> bool:
+    """Whether each element is made of the convolution's element at the same place, of which perhaps not all are needed."""
+    from tvm import tirx
+
+    sizes = _extents(sch, epilogue, "spatial")
+    if len(sizes) != len(shape) or any(e > c for e, c in zip(sizes, shape, strict=True)):
+        return False
+    block, (made,) = sch.get(epilogue), sch.get(conv).writes
+
+    def same(read: Any, variable: Any, size: int) -> bool:
+        at = read.min
+        return at.same_as(variable.var) or (size == 1 and isinstance(at, tirx.IntImm) and int(at) == 0)
+
+    return all(
+        int(read.extent) == 1 and same(read, variable, size)
+        for part in block.reads
+        if part.source.same_as(made.source)
+        for read, variable, size in zip(part.region, block.iter_vars, shape, strict=True)
+    )
 
 
 def _extents(sch: Any, block: Any, kind: str) -> list[int]:

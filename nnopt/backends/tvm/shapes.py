@@ -133,21 +133,6 @@ def _split(emitter: Emitter, equation: Any, values: list[Value]) -> list[Value]:
     return made
 
 
-@rule("dynamic_slice")
-def _dynamic_slice(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
-    value, *start = values
-    sizes = equation.params["slice_sizes"]
-    if not all(s.constant for s in start):
-        raise emitter.unsupported(equation, " whose start depends on the input")
-    # As JAX has it: what would reach beyond the end is moved back.
-    first = [
-        min(max(int(s.data), 0), n - size)
-        for s, n, size in zip(start, value.shape, sizes, strict=True)
-    ]
-    last = [a + size for a, size in zip(first, sizes, strict=True)]
-    return sliced(emitter, value, first, last, [1] * len(first))
-
-
 @rule("concatenate")
 def _concatenate(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     from tvm import topi
@@ -163,6 +148,32 @@ def _concatenate(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     )
 
 
+@rule("stack")
+def _stack(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
+    from tvm import topi
+
+    axis, parts = equation.params["axis"], [emitter.full(v) for v in values]
+    shape = tuple(equation.outvars[0].aval.shape)
+
+    def expression(*xs: Any) -> Any:
+        return topi.stack(list(xs), axis=axis)
+
+    return emitter.te(expression, parts, shape, parts[0].dtype, name="stack")
+
+
+@rule("unstack")
+def _unstack(emitter: Emitter, equation: Any, values: list[Value]) -> list[Value]:
+    value, axis = values[0], equation.params["axis"]
+    shape = tuple(n for i, n in enumerate(value.shape) if i != axis)
+    made = []
+    for k in range(value.shape[axis]):
+        start, stop = [0] * len(value.shape), list(value.shape)
+        start[axis], stop[axis] = k, k + 1
+        cut = sliced(emitter, value, start, stop, [1] * len(start))
+        made.append(emitter.reshaped(cut, shape))
+    return made
+
+
 @rule("pad")
 def _pad(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     """Between elements too, and cut off where the padding is below zero."""
@@ -171,10 +182,8 @@ def _pad(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     value, fill = emitter.full(values[0]), values[1]
     config = equation.params["padding_config"]
     shape = tuple(equation.outvars[0].aval.shape)
-    if not fill.constant:
-        raise emitter.unsupported(equation, " with a value that depends on the input")
 
-    def expression(x: Any) -> Any:
+    def expression(x: Any, *fills: Any) -> Any:
         def element(*at: Any) -> Any:
             where, conditions = [], []
             for i, (low, _, interior), size, whole in zip(
@@ -191,60 +200,30 @@ def _pad(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
             if not conditions:
                 return x[tuple(where)]
             inside = conditions[0] if len(conditions) == 1 else tirx.all(*conditions)
-            return tirx.if_then_else(
-                inside, x[tuple(where)], tirx.const(fill.data.item(), value.dtype)
-            )
+            outside = fills[0]() if fills else tirx.const(fill.data.item(), value.dtype)
+            return tirx.if_then_else(inside, x[tuple(where)], outside)
 
         return te.compute(shape, element, name="pad")
 
-    return emitter.te(expression, [value], shape, value.dtype, name="pad")
+    operands = [value] if fill.constant else [value, fill]
+    return emitter.te(expression, operands, shape, value.dtype, name="pad")
 
 
-@rule("gather")
-def _gather(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
-    """Elements at places of an integer array. Beyond the ends: the nearest, or what the mode fills in."""
-    from jax.lax import GatherScatterMode
-    from tvm import te, tirx
+@rule("tile")
+@lazy
+def _tile(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
+    value, shape = values[0], tuple(equation.outvars[0].aval.shape)
+    if all(
+        old == new or held == 1
+        for old, new, held in zip(value.shape, shape, value.held, strict=True)
+    ):
+        return Value(value.data, shape, value.held, value.dtype)
+    value = emitter.full(value)
+    if value.constant:
+        return Value.of(np.tile(value.data, equation.params["reps"]))
+    from tvm import tirx
 
-    source, places = emitter.full(values[0]), emitter.full(values[1])
-    p = equation.params
-    numbers, sizes, mode = p["dimension_numbers"], p["slice_sizes"], p["mode"]
-    shape = tuple(equation.outvars[0].aval.shape)
-    batching = tuple(numbers.operand_batching_dims)
-    batch = [i for i in range(len(shape)) if i not in numbers.offset_dims]
-    # Axes of the operand that have an axis of their own in the result.
-    offset = [
-        i
-        for i in range(len(source.shape))
-        if i not in numbers.collapsed_slice_dims and i not in batching
-    ]
-    fills = mode == GatherScatterMode.FILL_OR_DROP
-    if fills and not places.constant:
-        raise emitter.unsupported(equation, " that fills, at places that depend on the input")
-    bounds = [n - s for n, s in zip(source.shape, sizes, strict=True)]
-    if fills:
-        table = np.moveaxis(places.data, -1, 0)
-        if any(
-            (row < 0).any() or (row > bounds[axis]).any()
-            for row, axis in zip(table, numbers.start_index_map, strict=True)
-        ):
-            raise emitter.unsupported(equation, " at places outside the array")
+    def index(*at: Any) -> list[Any]:
+        return [tirx.indexmod(i, n) for i, n in zip(at, value.shape, strict=True)]
 
-    def expression(x: Any, where: Any) -> Any:
-        def element(*at: Any) -> Any:
-            index: list[Any] = [0] * len(source.shape)
-            at_batch = [at[i] for i in batch]
-            for number, axis in enumerate(numbers.start_index_map):
-                start = tirx.Cast("int64", where[(*at_batch, number)])
-                index[axis] = tirx.min(
-                    tirx.max(start, tirx.const(0, "int64")), tirx.const(bounds[axis], "int64")
-                )
-            for axis, i in zip(offset, numbers.offset_dims, strict=True):
-                index[axis] = index[axis] + at[i]
-            for axis, i in zip(batching, numbers.start_indices_batching_dims, strict=True):
-                index[axis] = at_batch[i]
-            return x[tuple(index)]
-
-        return te.compute(shape, element, name="gather")
-
-    return emitter.te(expression, [source, places], shape, source.dtype, name="gather")
+    return emitter.indexed(value, shape, index, name="tile")
