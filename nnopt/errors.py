@@ -84,7 +84,7 @@ class BackendError(NnoptError):
 
 
 class MeasurementError(BackendError):
-    """Latencies of different set-ups are mixed, a latency table is damaged or lacks something, or nothing can be measured as asked."""
+    """Latencies of different set-ups are mixed, a latency table is damaged or lacks something, or a measurement cannot be done."""
 
 
 class UnsupportedPrimitiveError(BackendError):

@@ -155,7 +155,7 @@ def pinned(cores: int | None) -> Iterator[None]:
             f"cannot pin to {cores} cores, this process may use {len(allowed)}; give 1 to {len(allowed)}"
         )
     before = {thread: os.sched_getaffinity(thread) for thread in _threads()}
-    _pin(dict.fromkeys(before, set(sorted(allowed)[-cores:])))
+    _pin({thread: set(sorted(allowed)[-cores:]) for thread in before})
     try:
         yield
     finally:

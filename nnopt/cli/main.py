@@ -7,12 +7,14 @@ from typing import Annotated
 
 import tyro
 
+from nnopt.cli.measure import MeasureCommand
 from nnopt.cli.operators import OperatorsCommand
 from nnopt.cli.prune import PruneCommand
 from nnopt.cli.rewrite import RewriteCommand
 from nnopt.cli.score import ScoreCommand
 from nnopt.cli.search import SearchCommand
 from nnopt.cli.show import ShowCommand
+from nnopt.cli.table import TableCommand
 from nnopt.errors import NnoptError
 
 Command = (
@@ -21,6 +23,8 @@ Command = (
     | Annotated[PruneCommand, tyro.conf.subcommand("prune")]
     | Annotated[RewriteCommand, tyro.conf.subcommand("rewrite")]
     | Annotated[ShowCommand, tyro.conf.subcommand("show")]
+    | Annotated[MeasureCommand, tyro.conf.subcommand("measure")]
+    | Annotated[TableCommand, tyro.conf.subcommand("table")]
     | Annotated[OperatorsCommand, tyro.conf.subcommand("operators")]
 )
 

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from nnopt.cli.bars import Bars as _Bars
+from nnopt.errors import BudgetError
 from nnopt.search.budget import parse_budget
 
 
@@ -49,6 +50,12 @@ class SearchCommand:
     one of 128 images."""
     epochs: int | None = None
     """Epochs to train the winner for; by default a short training, 8 on digits and 20 on CIFAR."""
+    latency_table: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="FILE.sqlite")] = None
+    """A table of `nnopt table build` for this network and image size: with --max-latency."""
+    max_latency: float | None = None
+    """Milliseconds of a call that a candidate may take by that table; slower ones are not scored."""
+    latency_backend: str | None = None
+    """Backend of the times, where the table has several."""
     workers: int | None = None
     """Processes that score; by default one for each core, or a single one if there are few candidates."""
     out: Annotated[pathlib.Path, tyro.conf.arg(metavar="FOLDER")] = pathlib.Path("results/search")
@@ -60,6 +67,7 @@ class SearchCommand:
         from nnopt.data import canonical_name
         from nnopt.reports.blockswap import block_table, summary_table, write_report
         from nnopt.search.blockswap import BlockSwap
+        from nnopt.search.latency_limit import LatencyLimit
         from nnopt.search.run import run
         from nnopt.training import BLOCKSWAP, QUICK
 
@@ -67,9 +75,17 @@ class SearchCommand:
         recipe = QUICK if data == "digits" else dataclasses.replace(BLOCKSWAP, epochs=20)
         if self.epochs is not None:
             recipe = dataclasses.replace(recipe, epochs=self.epochs)
+        limit = None
+        if (self.latency_table is None) != (self.max_latency is None):
+            raise BudgetError("--latency-table and --max-latency go together; give both or none")
+        if self.latency_table is not None and self.max_latency is not None:
+            limit = LatencyLimit.read(
+                str(self.latency_table), self.max_latency, self.latency_backend
+            )
         spec = BlockSwap(
             network=self.network,
             data=data,
+            latency=limit,
             validation=self.validation,
             budget=parse_budget(self.budget),
             tolerance=self.tolerance,
@@ -88,6 +104,13 @@ class SearchCommand:
         page = write_report(result)
         console.print(summary_table(result))
         console.print(block_table(result))
+        space = result.summary["space"]
+        if limit is not None and "winner_predicted_ms" in space:
+            console.print(
+                f"Limit of {limit.max_ms:g} ms on {limit.backend}: {space['fraction_fast_enough']:.1%} of candidates within the "
+                f"budget pass, the winner is predicted to take {space['winner_predicted_ms']:.3g} ms",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
         console.print(f"Report: {page}", soft_wrap=True)
 
 

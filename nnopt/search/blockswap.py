@@ -28,6 +28,8 @@ from nnopt.networks import named
 from nnopt.rewrites import CODE_CHOICES, PAPER_CHOICES, Choice
 from nnopt.rewrites.block import block_for
 from nnopt.scores.fisher_engine import FisherEngine
+from nnopt.search.latency_limit import LatencyLimit, LimitedSampler
+from nnopt.search.parts import space_parts
 from nnopt.search.sampler import BudgetSampler
 from nnopt.search.space import BlockSpace, block_space
 from nnopt.search.store import ScoredCandidate
@@ -56,6 +58,7 @@ class BlockSwap:
         score_seeds: minibatches, each with other weights; a candidate's score is the geometric mean over them.
         validation: test on training images that are held out, see `nnopt.data.load`.
         recipe: how the winner is trained.
+        latency: candidates that a latency table predicts to be slower are left out; None for no such limit.
     """
 
     network: str
@@ -69,6 +72,7 @@ class BlockSwap:
     score_seeds: int = 2
     validation: bool = False
     recipe: Recipe = QUICK
+    latency: LatencyLimit | None = None
 
     def __post_init__(self) -> None:
         """Checks what can be checked without data.
@@ -98,12 +102,21 @@ class BlockSwap:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**fields, "recipe": self.recipe.to_json()}
+        fields["recipe"] = self.recipe.to_json()
+        if (
+            self.latency is None
+        ):  # as it was before there were limits, so that older folders still fit
+            del fields["latency"]
+        else:
+            fields["latency"] = self.latency.to_json()
+        return fields
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "BlockSwap":
         """The search that `to_json` described."""
-        return cls(**{**values, "recipe": Recipe.from_json(values["recipe"])})
+        latency = values.get("latency")
+        made = {"recipe": Recipe.from_json(values["recipe"])}
+        return cls(**{**values, **made, "latency": latency and LatencyLimit(**latency)})
 
 
 class Problem:
@@ -117,6 +130,7 @@ class Problem:
         example: one image, as the network takes it.
         space: which choices may stand where, and what each costs.
         sampler: draws candidates inside the budget.
+        limited: draws those of them that are fast enough, if there is a limit on latency.
         batches: images `[score_batch, height, width, channels]`, classes `[score_batch]` and key of the weights of each minibatch
             that scores.
     """
@@ -128,7 +142,8 @@ class Problem:
             UnknownNetworkError: no network has this name.
             DataError: the data set is not there or broken.
             SelectionError: the network has no residual blocks.
-            BudgetError: no candidate lies within the budget.
+            BudgetError: no candidate lies within the budget, or none of a thousand is fast enough.
+            MeasurementError: the latency table is not there, or was built for another network or image size.
         """
         self.spec = spec
         self.data_dir = data_dir
@@ -139,6 +154,11 @@ class Problem:
         self._sites = sites(self.base, self.example)
         self.space: BlockSpace = block_space(self.base, self.example, choices)
         self.sampler = BudgetSampler(self.space, spec.budget, spec.tolerance)
+        self.limited: LimitedSampler | None = None
+        if spec.latency is not None:
+            draws = functools.partial(self.sampler.draws, spec.seed)
+            parts = space_parts(self.space, self._sites)
+            self.limited = LimitedSampler(spec.latency, parts, draws)
         augmentation = spec.recipe.augmentation
         if not self.dataset.flip_ok:
             augmentation = dataclasses.replace(augmentation, flip=False)
@@ -156,6 +176,8 @@ class Problem:
 
     def draw(self, index: int) -> tuple[int, ...]:
         """Candidate number `index`: for each position, which of its choices. A pure function of seed and index."""
+        if self.limited is not None:
+            return self.limited.draw(index)
         return self.sampler.draw(self.spec.seed, index)
 
     def choices(self, index: int) -> tuple[Choice, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 import nnopt
 from nnopt.core import fingerprint, save_record
@@ -226,6 +227,10 @@ def _summary(
 ) -> dict[str, Any]:
     spec, space = problem.spec, problem.space
     drawn = problem.draw(winner.index)
+    limit = {}
+    if problem.limited is not None:
+        (predicted,) = problem.limited.predict(np.array([drawn])).tolist()
+        limit = {"fraction_fast_enough": problem.limited.accepted, "winner_predicted_ms": predicted}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -235,6 +240,7 @@ def _summary(
             "candidates": float(space.size),
             "within_budget": problem.sampler.count,
             "fraction_within_budget": problem.sampler.acceptance,
+            **limit,
         },
         "base": {
             "parameters": parameters(problem.base, problem.example),
