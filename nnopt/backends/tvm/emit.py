@@ -23,7 +23,8 @@ Rule = Callable[["Emitter", Any, list[Value]], Value | Sequence[Value]]
 RULES: dict[str, Rule] = {}
 """By name of the primitive."""
 CALLS = (
-    "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2", "custom_lin", "composite",
+    "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2", "custom_lin",
+    "composite",
 )  # fmt: skip
 """Primitives that run one jaxpr on their operands."""
 DTYPES = ("float32", "float64", "int32", "int64", "uint8", "int8", "uint32", "bool")
@@ -122,7 +123,11 @@ class Emitter:
     def _evaluated(self, equation: Any, values: list[Value]) -> list[Value]:
         with jax.ensure_compile_time_eval():
             outputs = equation.primitive.bind(
-                *(np.broadcast_to(v.data, v.shape) for v in values), **equation.params
+                *(
+                    v.data if v.held == v.shape else np.broadcast_to(v.data, v.shape)
+                    for v in values
+                ),
+                **equation.params,
             )
         return [
             Value.of(o) for o in (outputs if equation.primitive.multiple_results else [outputs])

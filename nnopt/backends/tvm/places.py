@@ -94,7 +94,7 @@ def _all(conditions: Sequence[Any]) -> Any:
 def _starts(
     start: list[Value], shape: Sequence[int], sizes: Sequence[int], arrays: Sequence[Any]
 ) -> list[Any]:
-    """Numbers, or expressions of the arrays (one for each start that is not known): what would reach beyond the end is moved back."""
+    """Numbers, or expressions of the arrays, one for each start that is not known. What reaches beyond the end is moved back."""
     from tvm import tirx
 
     rest = iter(arrays)

@@ -11,7 +11,7 @@ from nnopt.backends.tvm.values import Value
 @rule("conv_general_dilated")
 def _conv(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     """Any layout becomes channels last."""
-    x, kernel = values
+    x, kernel = (_as(emitter, v, str(equation.outvars[0].aval.dtype)) for v in values)
     p = equation.params
     if p["batch_group_count"] != 1:
         raise emitter.unsupported(equation, " with batch_group_count")
@@ -50,7 +50,7 @@ def _nnopt_conv(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
 def _dot_general(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     """A contraction with a constant is a convolution of window 1; of two arrays, a product for each member of the batch."""
     (left_axes, right_axes), (left_batch, right_batch) = equation.params["dimension_numbers"]
-    left, right = values
+    left, right = (_as(emitter, v, str(equation.outvars[0].aval.dtype)) for v in values)
     shape = tuple(equation.outvars[0].aval.shape)
     left_free = _free(left, left_axes, left_batch)
     right_free = _free(right, right_axes, right_batch)
@@ -74,6 +74,19 @@ def _dot_general(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
         emitter.transposed(right, [*right_batch, *right_axes, *right_free]), (b, k, n)
     )
     return emitter.reshaped(_batched(emitter, left, right), shape)
+
+
+def _as(emitter: Emitter, value: Value, dtype: str) -> Value:
+    """In the type that sums are made in."""
+    from tvm import topi
+
+    if value.dtype == dtype:
+        return value
+    if value.constant:
+        return Value(value.data.astype(dtype), value.shape, value.held, dtype)
+    return emitter.te(
+        lambda x: topi.cast(x, dtype), [value], value.held, dtype, value.shape, "cast"
+    )
 
 
 def _free(value: Value, *used: Any) -> list[int]:

@@ -202,14 +202,19 @@ def _shifted(shift: Callable[[Any, Any], Any], far: Callable[[Any], Any]) -> Cal
     return function
 
 
-def _logical_right(x: Any, by: Any) -> Any:
+def _right(x: Any, by: Any, unsigned: bool) -> Any:
+    """TVM looks at the type to tell which shift is meant; JAX has both for both."""
     from tvm import tirx as t
 
     dtype = dtype_of(x)
-    if dtype.startswith("uint"):
+    wanted = ("u" if unsigned else "") + dtype.removeprefix("u")
+    if wanted == dtype:
         return x >> by
-    unsigned = "u" + dtype
-    return t.reinterpret(dtype, t.reinterpret(unsigned, x) >> t.reinterpret(unsigned, by))
+    return t.reinterpret(dtype, t.reinterpret(wanted, x) >> t.reinterpret(wanted, by))
+
+
+def _sign_bits(x: Any) -> Any:
+    return _right(x, constant(x, np.dtype(dtype_of(x)).itemsize * 8 - 1), unsigned=False)
 
 
 @functools.cache
@@ -225,13 +230,6 @@ def expressions() -> dict[str, Callable[..., Any]]:
 
     def zero(x: Any) -> Any:
         return constant(x, 0)
-
-    def sign_bits(x: Any) -> Any:
-        return (
-            zero(x)
-            if dtype_of(x).startswith("uint")
-            else t.Select(x < zero(x), constant(x, -1), zero(x))
-        )
 
     return {name: functools.partial(library, name) for name in _LIBRARY} | {
         "add": lambda x, y: x + y,
@@ -276,8 +274,8 @@ def expressions() -> dict[str, Callable[..., Any]]:
         "xor": boolean(unequal, lambda x, y: x ^ y),
         "not": boolean(t.Not, lambda x: ~x),
         "shift_left": _shifted(lambda x, by: x << by, zero),
-        "shift_right_arithmetic": _shifted(lambda x, by: x >> by, sign_bits),
-        "shift_right_logical": _shifted(_logical_right, zero),
+        "shift_right_arithmetic": _shifted(functools.partial(_right, unsigned=False), _sign_bits),
+        "shift_right_logical": _shifted(functools.partial(_right, unsigned=True), zero),
         "select_n": _select,
         "convert_element_type": cast,
         "copy": lambda x: x,
@@ -294,8 +292,8 @@ def _clamped(low: Any, x: Any, high: Any) -> Any:
 
 
 NAMES = (
-    *_LIBRARY, "add", "add_any", "sub", "mul", "div", "rem", "max", "min", "clamp", "pow", "atan2", "neg", "abs", "sign", "exp", "exp2",
-    "log", "expm1", "tanh", "logistic", "sqrt", "rsqrt", "square", "integer_pow", "erf", "sin", "cos", "floor", "ceil", "round",
+    *_LIBRARY, "add", "add_any", "sub", "mul", "div", "rem", "max", "min", "clamp", "pow", "atan2", "neg", "abs", "sign", "exp",
+    "exp2", "log", "expm1", "tanh", "logistic", "sqrt", "rsqrt", "square", "integer_pow", "erf", "sin", "cos", "floor", "ceil", "round",
     "is_finite", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "select_n", "convert_element_type", "copy", "copy_p", "stop_gradient",
 )  # fmt: skip

@@ -7,6 +7,8 @@ is not carried out: a value keeps size 1 along each axis along which it repeats,
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -15,7 +17,7 @@ class Value:
     """An array.
 
     Attributes:
-        data: a NumPy array, or a Relax variable.
+        data: a NumPy array, keys of random numbers as JAX has them, or a Relax variable.
         shape: of the array that it stands for.
         held: shape of `data`: as `shape`, or 1 along axes along which it repeats.
         dtype: of the elements.
@@ -29,10 +31,11 @@ class Value:
     @property
     def constant(self) -> bool:
         """Whether it is known."""
-        return isinstance(self.data, np.ndarray)
+        return isinstance(self.data, np.ndarray | jax.Array)
 
     @classmethod
     def of(cls, array: Any) -> "Value":
         """A constant."""
-        array = np.asarray(array)
+        if not (isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)):
+            array = np.asarray(array)
         return cls(array, array.shape, array.shape, str(array.dtype))

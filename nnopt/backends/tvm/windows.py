@@ -134,7 +134,10 @@ def _any_window(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     kind = _KINDS.get(equations[0].primitive.name) if len(equations) == 1 else None
     if kind is None or len(values) != 2 or not values[1].constant:
         raise emitter.unsupported(equation, " of another operation than sum, max, min and product")
-    return _windows(emitter, equation, values[0], kind, values[1].data.item())
+    start = values[1].data.item()
+    if start != {"sum": 0, "prod": 1}.get(kind, start):  # how often it counts is not said
+        raise emitter.unsupported(equation, f" of {kind} beginning with {start}")
+    return _windows(emitter, equation, values[0], kind, start)
 
 
 def _windows(
