@@ -120,21 +120,30 @@ def _carry_step(
         # What stands behind an edit may take more or fewer channels than it did.
         if edited(name) is None and name in arrays and arrays[name].shape == spec.shape:
             out[name], source[name] = arrays[name], origin[name]
-    for path in step.paths:
-        inside = {n: _relative(n, path) for n in {*arrays, *specs} if edited(n) == path}
-        old = {text: arrays[n] for n, text in inside.items() if n in arrays}
-        new = {text: specs[n] for n, text in inside.items() if n in specs}
-        carried = rule.carry(path, old, new)
+    names = {
+        path: {n: _relative(n, path) for n in {*arrays, *specs} if edited(n) == path}
+        for path in step.paths
+    }
+    old = {
+        path: {text: arrays[n] for n, text in inside.items() if n in arrays}
+        for path, inside in names.items()
+    }
+    new = {
+        path: {text: specs[n] for n, text in inside.items() if n in specs}
+        for path, inside in names.items()
+    }
+    carried = rule.carry_all(old, new)
+    for path, inside in names.items():
         for name, text in inside.items():
-            if text in carried and name in specs:
-                value = carried[text]
+            if text in carried[path] and name in specs:
+                value = carried[path][text]
                 if value.shape != specs[name].shape:
                     raise CarryError(
                         f"{type(rule).__name__} carries {'/'.join(name)!r} with shape {value.shape}, the network wants "
                         f"{specs[name].shape}; mend the rule's carry"
                     )
                 out[name] = value
-                source[name] = origin[name] if old.get(text) is value else "transformed"
+                source[name] = origin[name] if old[path].get(text) is value else "transformed"
     return out, source
 
 

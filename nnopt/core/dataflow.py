@@ -125,7 +125,7 @@ class Dataflow:
             before = [look_up(v) for v in eqn.invars]
             deepest = max((r for r in before if r), key=lambda r: r.depth, default=None)
             after: list[Reach | None] = [deepest] * len(eqn.outvars)
-            inner = list(_inner_jaxprs(eqn))
+            inner = list(inner_jaxprs(eqn))
             is_mark = self._open.see(eqn) is not None
             if inner:
                 times = repeats * eqn.params["length"] if eqn.primitive.name == "scan" else repeats
@@ -155,7 +155,8 @@ class Dataflow:
         return [look_up(v) for v in jaxpr.outvars]
 
 
-def _inner_jaxprs(eqn: Any) -> Iterator[Any]:
+def inner_jaxprs(eqn: Any) -> Iterator[Any]:
+    """The programs that an equation holds: the body of a call or loop, the branches of a conditional."""
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, jex.ClosedJaxpr):

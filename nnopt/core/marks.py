@@ -32,7 +32,8 @@ def mark_sites(
     if method == "setup" or not is_method(module, method):
         return next_fun(*args, **kwargs)
     text = path_text(module.scope.path)
-    args = _with_name(args, f"{_ENTER}{text}")
+    # A module may be given its array by keyword.
+    args, kwargs = _with_name((args, kwargs), f"{_ENTER}{text}")
     return _with_name(next_fun(*args, **kwargs), f"{_LEAVE}{text}")
 
 

@@ -82,6 +82,19 @@ class Rewrite(abc.ABC):
         """
         return copy_equal(old, new) if self.keeps is Keeps.FUNCTION else {}
 
+    def carry_all(
+        self,
+        old: Mapping[Path, Mapping[str, jax.Array]],
+        new: Mapping[Path, Mapping[str, jax.ShapeDtypeStruct]],
+    ) -> Mapping[Path, Mapping[str, jax.Array]]:
+        """`carry` at each edited path. A rule overrides this where weights at one path follow from those at another.
+
+        Args:
+            old: edited path -> arrays below it, as for `carry`.
+            new: edited path -> specs of what is wanted there, with the same paths.
+        """
+        return {path: self.carry(path, old[path], new[path]) for path in new}
+
 
 def copy_equal(
     old: Mapping[str, jax.Array], new: Mapping[str, jax.ShapeDtypeStruct]

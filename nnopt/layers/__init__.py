@@ -25,6 +25,7 @@ from nnopt.layers.residual import (
     PreActivationBlock,
     TrainingFlag,
 )
+from nnopt.layers.scale_shift import ScaleShift
 
 __all__ = [
     "GATES",
@@ -46,6 +47,7 @@ __all__ = [
     "Native",
     "Pointwise",
     "PreActivationBlock",
+    "ScaleShift",
     "ShiftedPlanes",
     "ShiftedSum",
     "SplitGroups",

@@ -5,6 +5,7 @@ from nnopt.layers import AddGate, AddTap
 from nnopt.rewrites.block import Genotype, ReplaceBlock
 from nnopt.rewrites.choice import CODE_CHOICES, PAPER_CHOICES, Choice, Groups, S, choice
 from nnopt.rewrites.family import largest_within
+from nnopt.rewrites.fold import FoldBatchNorm
 from nnopt.rewrites.genotype import load_genotype, save_genotype
 from nnopt.rewrites.importance import (
     at_random,
@@ -47,6 +48,7 @@ __all__ = [
     "Choice",
     "Configure",
     "Extent",
+    "FoldBatchNorm",
     "Genotype",
     "Groups",
     "Keeps",
