@@ -97,7 +97,7 @@ def test_backends_compare_but_do_not_merge():
     tvm = dataclasses.replace(changed(tvm="0.27"), schedule="templates")
     assert speedup(latency(2.0), latency(1.0, tvm)).median == 2.0
     assert difference(SETUP, tvm, backends=True) is None
-    with pytest.raises(MeasurementError, match="schedule is .* tvm is None and '0.27'.*merged"):
+    with pytest.raises(MeasurementError, match=r"schedule is .* tvm is None and '0.27'.*merged"):
         merged([latency(1.0), latency(1.0, tvm)])
 
 

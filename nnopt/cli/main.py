@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from nnopt.cli.check import CheckCommand
 from nnopt.cli.measure import MeasureCommand
 from nnopt.cli.operators import OperatorsCommand
 from nnopt.cli.prune import PruneCommand
@@ -24,6 +25,7 @@ Command = (
     | Annotated[RewriteCommand, tyro.conf.subcommand("rewrite")]
     | Annotated[ShowCommand, tyro.conf.subcommand("show")]
     | Annotated[MeasureCommand, tyro.conf.subcommand("measure")]
+    | Annotated[CheckCommand, tyro.conf.subcommand("check")]
     | Annotated[TableCommand, tyro.conf.subcommand("table")]
     | Annotated[OperatorsCommand, tyro.conf.subcommand("operators")]
 )

@@ -171,4 +171,5 @@ def _own(block: Site) -> Part:
 
 
 def _block_label(site: Site, name: str) -> str:
-    return f"{name} {'x'.join(map(str, site.inputs[0].shape))}"
+    before, after = ("x".join(map(str, x.shape)) for x in (site.inputs[0], site.outputs))
+    return f"{name} {before} -> {after}"

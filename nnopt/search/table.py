@@ -1,7 +1,7 @@
 """Latency tables of block spaces: built, fitted and checked.
 
-Each distinct part of a space is compiled and timed once, a few whole networks are timed for the fit, and from then on the latency of
-a candidate is an addition. What is in the file already is not measured again, so a killed build resumes.
+Each distinct part of a space is compiled and timed once, a few whole networks are timed for the fit, and from then on the latency
+of a candidate is an addition. What is in the file already is not measured again, so a killed build resumes.
 """
 
 import dataclasses
@@ -164,13 +164,22 @@ class Builder:
         extremes = count // 2
         ranks = [(i + 1) / (extremes + 1) for i in range(extremes)]
         spread = [self._of_rank(rank) for rank in ranks]
-        drawn = [self.space.draw(_SEEDS["fit"], i) for i in range(count - extremes)]
-        return self._networks("fit", [*spread, *drawn], watcher)
+        return self._networks("fit", self._with_random("fit", spread, count), watcher)
 
     def check(self, watcher: Watcher, count: int) -> int:
         """Measures random candidates that have nothing to do with the fit, and says how many were new."""
-        drawn = [self.space.draw(_SEEDS["check"], i) for i in range(count)]
-        return self._networks("check", drawn, watcher)
+        return self._networks("check", self._with_random("check", [], count), watcher)
+
+    def _with_random(
+        self, role: Role, candidates: Sequence[tuple[int, ...]], count: int
+    ) -> list[tuple[int, ...]]:
+        """Different candidates, so many if the space has them: those given, and random ones."""
+        found = dict.fromkeys(candidates)
+        for index in range(10 * count):
+            if len(found) >= count:
+                break
+            found[self.space.draw(_SEEDS[role], index)] = None
+        return list(found)
 
     def _networks(self, role: Role, candidates: Sequence[tuple[int, ...]], watcher: Watcher) -> int:
         there = self.times.networks(role)
