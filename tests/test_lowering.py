@@ -21,6 +21,7 @@ from nnopt.layers import (
     Fenced,
     LoweredConvolution,
     Native,
+    Patches,
     Pointwise,
     ShiftedPlanes,
     ShiftedSum,
@@ -106,6 +107,7 @@ def test_every_lowering_is_the_convolution(shape, data):
     tried = [
         Native(),
         Pointwise(),
+        Patches(),
         ShiftedSum(),
         ShiftedPlanes(),
         Fenced(ShiftedSum()),

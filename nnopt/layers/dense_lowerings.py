@@ -61,6 +61,45 @@ class Pointwise(Wide):
         return x[:, :: shape.strides[0], :: shape.strides[1]] if shape.strides != (1, 1) else x
 
 
+@dataclasses.dataclass(frozen=True)
+class Patches(Wide):
+    """What each window sees, in a row, times the kernel as a matrix (im2col): `y = C(x, k)` of one group."""
+
+    def applies(self, shape: ConvShape, direction: Direction) -> bool:
+        """See `Lowering`."""
+        return shape.groups == 1 and direction is Direction.FORWARD
+
+    def _prepare(
+        self, shape: ConvShape, direction: Direction, kernel: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        return (kernel.reshape(-1, kernel.shape[3]),)
+
+    def _run(
+        self,
+        shape: ConvShape,
+        direction: Direction,
+        operand: jax.Array,
+        prepared: tuple[jax.Array, ...],
+    ) -> jax.Array:
+        (matrix,) = prepared
+        image = padded(operand, shape.padding)
+        _, height, width, _ = shape.output
+        (down, across), (rows, columns) = shape.strides, shape.dilation
+        seen = [
+            image[
+                :,
+                i * rows : i * rows + (height - 1) * down + 1 : down,
+                j * columns : j * columns + (width - 1) * across + 1 : across,
+            ]
+            for i in range(shape.kernel[0])
+            for j in range(shape.kernel[1])
+        ]
+        return _times(jnp.concatenate(seen, -1), matrix)
+
+    def _weight_gradient(self, shape: ConvShape, x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        raise NotImplementedError("forward products alone: see `applies`")
+
+
 def _times(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.dot(x.reshape(-1, x.shape[-1]), matrix).reshape(*x.shape[:-1], matrix.shape[1])
 

@@ -14,6 +14,7 @@ batches of 16; spot checks at 4 and 64, and at the 64 to 512 channels of ResNet-
 | all, 16 and fewer        | `SplitGroups` in tiles  | the same                | 1.1 to 1.7                  |
 | all, more                | `SplitGroups` or native | the same                | 1                           |
 | window of one position   | `Pointwise`             | the same                | 1.1 to 1.8                  |
+| all, fewer than 12 pixels| `Patches` (forward)     | the same                | 6 to 290                    |
 
 `SplitGroups` is asked for parts of 8 channels, or 16 from 128 on: more slices cost more than the zeros they save. Tiles make
 32 columns, two vectors of sixteen numbers; with fewer the matrix product runs at a third of the peak.
@@ -30,7 +31,7 @@ Elsewhere (GPU, TPU) the native form: their libraries have grouped convolutions.
 """
 
 from nnopt.layers.conv_shape import ConvShape, Direction
-from nnopt.layers.dense_lowerings import Pointwise, SplitGroups
+from nnopt.layers.dense_lowerings import Patches, Pointwise, SplitGroups
 from nnopt.layers.lowerings import Fenced, Lowering, Native
 from nnopt.layers.shifted_lowerings import ShiftedPlanes, ShiftedSum
 
@@ -40,6 +41,7 @@ __all__ = [
     "Fenced",
     "Lowering",
     "Native",
+    "Patches",
     "Pointwise",
     "ShiftedPlanes",
     "ShiftedSum",
@@ -52,6 +54,9 @@ _COLUMNS = 32
 """Columns of a matrix product that run near the peak: two vectors of sixteen numbers."""
 _SUM_TERMS = 128
 """Terms of a sum that are still worth compiling."""
+_FEW_PIXELS = 12
+"""Of the result of a dense convolution of many channels: with fewer XLA's own is up to 290 times as slow (2 x 4 of 512)."""
+_MANY_CHANNELS = 128
 _LOOPED_PARTS = 32
 """More parts than these are compiled as a loop."""
 
@@ -91,6 +96,13 @@ def _choice(
         if direction is Direction.WEIGHT_GRADIENT and narrowing:
             return Native(), "a matrix product with few columns: XLA's own"
         return Pointwise(), "a window of one position: a matrix product"
+    if (
+        direction is Direction.FORWARD
+        and shape.groups == 1
+        and shape.output[1] * shape.output[2] < _FEW_PIXELS
+        and min(shape.kernel[2:]) >= _MANY_CHANNELS
+    ):
+        return Patches(), "few pixels, of which XLA makes a plain loop: a matrix product"
     taps = shape.kernel[0] * shape.kernel[1]
     per_group = max(shape.kernel[2], shape.kernel[3] // shape.groups)
     strided, channels = shape.strides != (1, 1), shape.input[3]
