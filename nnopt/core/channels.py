@@ -9,7 +9,7 @@ Example:
     >>> import jax.numpy as jnp
     >>> found = channel_groups(WideResNet(10, 1.0), jnp.zeros((1, 32, 32, 3)))
     >>> print(found["stage2_block0/conv1"])
-    stage2_block0/conv1: 32 channels of 7 axes
+    stage2_block0/conv1: 32 channels of 6 axes
 """
 
 import dataclasses
