@@ -1,6 +1,7 @@
 """What a backend is, and what it makes: a function compiled for arrays of one shape, ready to be called and timed."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,10 @@ class Compiled:
         schedule: how it came by its loops, for people: a latency means little without it.
         to_jax: what `run` returns -> pytree of arrays as the function returns it.
         traces: instructions of each kernel's schedule as JSON, by its name, where the backend is told how to schedule.
+        timer: how long a call on `inputs` takes, in seconds, where it runs somewhere that this process's clock says nothing
+            about: number of calls, and whether to empty the caches before each -> mean. None if the time of `run` is that.
+        export: writes it to a file, for a program without nnopt: a library (`.so`), objects to be linked where they run
+            (`.tar`), or the source of code for a GPU (`.cu`). None where the backend cannot.
     """
 
     run: Callable[..., Any]
@@ -38,6 +43,8 @@ class Compiled:
     schedule: str = "as XLA chose"
     to_jax: Callable[[Any], Any] = lambda result: result
     traces: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    timer: Callable[[int, bool], float] | None = None
+    export: Callable[[str | os.PathLike[str]], None] | None = None
 
     def __call__(self, *arrays: Any) -> Any:
         """Runs once, on `inputs` if no arrays are given; the result may not be ready yet."""

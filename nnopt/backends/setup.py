@@ -40,6 +40,8 @@ class Setup:
             cold: caches are emptied before each call.
         """
         fixed = {name: value for name, value in device.items() if name != "load_average"}
+        if "remote" in fixed:  # this process's cores and load are no part of it
+            return cls(fixed, schedule, cold)
         return cls(fixed | affinity(), schedule, cold, load_average())
 
     @property

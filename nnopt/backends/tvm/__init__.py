@@ -1,5 +1,6 @@
 """TVM as a second, measured backend: any JAX function through Relax, with schedules of our own."""
 
 from nnopt.backends.tvm.backend import TvmBackend
+from nnopt.backends.tvm.remote import Remote
 
-__all__ = ["TvmBackend"]
+__all__ = ["Remote", "TvmBackend"]

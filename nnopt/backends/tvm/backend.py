@@ -1,9 +1,11 @@
 """The backend: jaxpr -> Relax -> fused kernels -> schedules -> machine code, and calls of it with JAX arrays."""
 
+import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,36 +14,73 @@ import jax.numpy as jnp
 
 from nnopt.backends.compiled import Compiled
 from nnopt.backends.tvm.conv import ConvWorkload, Tile, tiles
+from nnopt.backends.tvm.deep import tuned
 from nnopt.backends.tvm.emit import Emitter, load_rules
+from nnopt.backends.tvm.gpu import scheduled_for_gpu, whole
 from nnopt.backends.tvm.load import cores, threads, tvm
+from nnopt.backends.tvm.machines import exporter, runner
 from nnopt.backends.tvm.nest import as_given
+from nnopt.backends.tvm.remote import Device, Remote, device_of, placed
 from nnopt.backends.tvm.schedule import Work, schedule, trace_json
+from nnopt.backends.tvm.targets import cpu_of, hindrance, is_gpu, target_of, target_text, vectors
+from nnopt.backends.tvm.tune import CANDIDATES, TileCache, default_cache, searched
 from nnopt.backends.tvm.values import Value
 from nnopt.backends.xla import describe_device
 from nnopt.core.marks import mark_sites
 from nnopt.errors import BackendError
 
+SCHEDULES = {
+    "template": "templates, tiles by a model",
+    "search": f"templates, the fastest of {CANDIDATES} tiles",
+    "metaschedule": "metaschedule",
+    "none": "not scheduled",
+}
+"""Ways to schedule kernels, and what is said of them beside a latency."""
+MEASURING = ("search", "metaschedule")
+"""Those that run kernels to choose."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TvmBackend:
-    """Compiles with TVM for this machine's CPU.
+    """Compiles with TVM: for this machine's CPU, or for another target, on this machine or on a remote device.
 
     Attributes:
         threads: that a kernel is spread over: 1, or None for all that TVM has (`TVM_NUM_THREADS`, else the cores of the process).
-        scheduled: `template`, a fixed schedule for convolutions and products whose tile a model chooses; or `none`, plain loops.
+        scheduled: `template`, a fixed schedule for convolutions and products whose tile a model chooses; `search`, the same with
+            the fastest of a dozen tiles, measured; `metaschedule`, TVM's own search of schedules, see `nnopt.backends.tvm.deep`; or
+            `none`, plain loops.
+        cache: file of the tiles that a search has measured; by default in the user's cache folder.
+        trials: schedules that MetaSchedule builds and runs in all, one to three seconds each.
+        database: folder of what MetaSchedule has found: kernels that are in it are not tuned again. None forgets it.
+        target: what code is made for, as TVM describes it or as JSON text, such as `{"kind": "llvm", "mcpu": "x86-64-v3"}` or
+            `{"kind": "cuda", "arch": "sm_90"}`; this machine's CPU if None. What this machine cannot run can still be exported.
+        remote: where to run and time; here if None.
     """
 
     threads: int | None = None
     scheduled: str = "template"
+    cache: str | None = None
+    trials: int = 64
+    database: str | None = None
+    target: Mapping[str, Any] | str | None = None
+    remote: Remote | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
         if self.threads is not None and self.threads < 1:
             raise BackendError(f"tvm: {self.threads} threads; give 1 or more")
-        if self.scheduled not in ("template", "none"):
+        if self.scheduled not in SCHEDULES:
             raise BackendError(
-                f"tvm: no schedule is called {self.scheduled!r:.40}; give template or none"
+                f"tvm: no schedule is called {self.scheduled!r:.40}; there are {', '.join(SCHEDULES)}"
             )
+        if self.trials < 0:
+            raise BackendError(f"tvm: {self.trials} trials; give 0 or more")
+        if self.remote is not None and self.scheduled in MEASURING:
+            raise BackendError(
+                f"tvm: {self.scheduled} measures on this machine, not on {self.remote.address}; schedule by template for it"
+            )
+        if self.target is not None:
+            object.__setattr__(self, "target", target_text(self.target))
 
     @property
     def name(self) -> str:
@@ -50,16 +89,34 @@ class TvmBackend:
 
     def describe(self) -> dict[str, Any]:
         """See `Backend`."""
-        tvm()
-        host = describe_device(jax.devices("cpu")[0])
-        return host | {
-            "tvm": importlib.metadata.version("apache-tvm"),
-            "target": host_cpu(),
-            "threads": self._threads(),
-        }
+        device = device_of(self.remote) if self.remote is not None else None
+        return self._described(device, self._target(device))
 
-    def _threads(self) -> int:
-        return min(threads(), self.threads or cores())
+    def _described(self, device: Device | None, target: Any) -> dict[str, Any]:
+        found = {
+            "tvm": importlib.metadata.version("apache-tvm"),
+            "target": self._target_text(device) or cpu_of(target),
+            "threads": self._threads(device),
+        }
+        if device is not None:
+            return device.describe(target) | found
+        host = describe_device(jax.devices("cpu")[0])
+        if is_gpu(target):
+            host |= {"platform": str(target.kind.name), "device_kind": cpu_of(target)}
+        return host | found
+
+    def _threads(self, device: Device | None) -> int:
+        there = threads() if device is None else device.threads
+        return min(there, self.threads or (cores() if device is None else there))
+
+    def _target(self, device: Device | None) -> Any:
+        return target_of(self._target_text(device), self._threads(device))
+
+    def _target_text(self, device: Device | None) -> str | None:
+        text = self.target
+        if device is not None and self.remote is not None:
+            text = self.remote.target or text or device.own
+        return None if text is None else str(text)
 
     def compile(self, function: Callable[..., Any], inputs: Sequence[jax.Array]) -> Compiled:
         """See `Backend`.
@@ -69,56 +126,74 @@ class TvmBackend:
             UnsupportedPrimitiveError: the function has a primitive that has no rule.
         """
         tvm()
-        from tvm import relax
-
         arrays = jax.device_put(tuple(inputs), jax.devices("cpu")[0])
         began = time.perf_counter()
-        count = self._threads()
-        target = target_of_host(count)
-        lanes, registers = vectors(target)
-        module, works, structure = emitted(
-            function, arrays, lambda work: tiles(work, lanes, registers)[0]
+        device = device_of(self.remote) if self.remote is not None else None
+        target = self._target(device)
+        module, structure, how, traces = self._kernels(
+            function, arrays, target, self._threads(device)
         )
-        module = fused(module)
-        traces: dict[str, str] = {}
-        if self.scheduled == "template":
-            module, traces = scheduled(module, works, count, lanes)
         executable = built(module, target)
-        machine = relax.VirtualMachine(executable, tvm().cpu())
+        there = None if device is None else placed(executable, device, target, arrays)
+        run = there or runner(executable, target, arrays)
         seconds = time.perf_counter() - began
 
         def to_jax(result: Any) -> Any:
-            leaves = (
-                [result]
-                if not isinstance(result, Sequence) and hasattr(result, "numpy")
-                else list(result)
+            leaves = there.fetched(result) if there is not None else fetched(result)
+            return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
+
+        return Compiled(
+            run, arrays, seconds, self._described(device, target), how, to_jax, traces,
+            None if there is None else there.seconds, exporter(executable),
+        )  # fmt: skip
+
+    def _kernels(
+        self, function: Callable[..., Any], arrays: Sequence[jax.Array], target: Any, count: int
+    ) -> tuple[Any, Any, str, dict[str, str]]:
+        """The scheduled module, what the function returns, how it was scheduled, and the instructions of each schedule."""
+        if is_gpu(target):
+            if self.scheduled != "template":
+                raise BackendError(
+                    f"tvm: {self.scheduled} is for a CPU; schedule by template for {cpu_of(target)}"
+                )
+            module, works, structure = emitted(function, arrays, whole)
+            module = scheduled_for_gpu(fused(module), works, target)
+            return module, structure, "dlight's schedules for a GPU", {}
+        if self.scheduled in MEASURING and (why := hindrance(target)):
+            raise BackendError(
+                f"tvm: {self.scheduled} runs code for {cpu_of(target)}, and {why}; schedule by template for it"
             )
-            return jax.tree.unflatten(structure, [jnp.asarray(leaf.numpy()) for leaf in leaves])
+        lanes, registers = vectors(target)
+        with contextlib.ExitStack() as opened:
+            tile = self._tile(target, count, lanes, registers, opened)
+            module, works, structure = emitted(function, arrays, tile)
+        module, how = fused(module), SCHEDULES[self.scheduled]
+        if self.scheduled == "none":
+            return module, structure, how, {}
+        own: dict[str, Any] = {}
+        if self.scheduled == "metaschedule":
+            own, how = tuned(
+                module, works, target, count, self.trials, self.database,
+                lambda kernel: schedule(kernel, works, count, lanes),
+            )  # fmt: skip
+        module, traces = scheduled(module, works, count, lanes, own)
+        return module, structure, how, traces
 
-        how = {"template": "templates, tiles by a model", "none": "not scheduled"}[self.scheduled]
-        return Compiled(machine["main"], arrays, seconds, self.describe(), how, to_jax, traces)
+    def _tile(
+        self, target: Any, count: int, lanes: int, registers: int, opened: contextlib.ExitStack
+    ) -> Callable[[ConvWorkload], Tile]:
+        """How a convolution gets its tile, each distinct one once."""
+        if self.scheduled != "search":
+            return functools.cache(lambda work: tiles(work, lanes, registers)[0])
+        cache = TileCache(self.cache or default_cache())
+        opened.callback(cache.close)
+        return functools.cache(lambda work: searched(work, cache, target, count, lanes, registers))
 
 
-def target_of_host(count: int) -> Any:
-    """This machine's CPU, as a TVM target of so many cores."""
-    return tvm().target.Target({"kind": "llvm", "mcpu": host_cpu(), "num-cores": count})
-
-
-def host_cpu() -> str:
-    """This machine's CPU as LLVM calls it, such as `znver4`."""
-    tvm()
-    from tvm.target import codegen
-
-    return str(codegen.llvm_get_system_cpu())
-
-
-def vectors(target: Any) -> tuple[int, int]:
-    """Elements of 32 bits in a vector register, and number of registers."""
-    from tvm.target import codegen
-
-    with target:
-        bits = codegen.llvm_get_vector_width(target)
-    return max(4, bits // 32), 32 if bits >= 512 else 16
+def fetched(result: Any) -> list[Any]:
+    """What a run on this machine returned, as arrays."""
+    alone = not isinstance(result, Sequence) and hasattr(result, "numpy")
+    return [leaf.numpy() for leaf in ([result] if alone else list(result))]
 
 
 def emitted(
@@ -178,9 +253,9 @@ def fused(module: Any) -> Any:
 
 
 def scheduled(
-    module: Any, works: dict[str, Work], count: int, lanes: int
+    module: Any, works: dict[str, Work], count: int, lanes: int, own: Mapping[str, Any]
 ) -> tuple[Any, dict[str, str]]:
-    """Every kernel by its template, or as its program says.
+    """Every kernel by its template, or as its program says, if it has no schedule of its own by its name.
 
     Returns:
         The module, and the instructions of each schedule by the name of the kernel.
@@ -190,8 +265,8 @@ def scheduled(
     traces = {}
     for variable, function in module.functions_items():
         if isinstance(function, tirx.PrimFunc):
-            made = schedule(function, works, count, lanes)
-            module.update_func(variable, made.mod["main"])
+            made = own.get(str(variable.name_hint)) or schedule(function, works, count, lanes)
+            module.update_func(variable, made.mod["main"].without_attr("global_symbol"))
             traces[str(variable.name_hint)] = trace_json(made)
     return module, traces
 

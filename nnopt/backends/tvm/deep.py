@@ -108,14 +108,14 @@ def _part(target: Any, threads: int, model: str) -> str:
 @contextlib.contextmanager
 def _alone(part: pathlib.Path) -> Iterator[None]:
     """Two processes that add to one database would mix their workloads up: the second waits."""
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        lock = open(part / "lock", "w")
-    except OSError as error:
-        raise BackendError(
-            f"metaschedule: no database can be in {part}: {error.strerror}; give another folder"
-        ) from error
-    with lock:
+    with contextlib.ExitStack() as opened:
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            lock = opened.enter_context(open(part / "lock", "w"))
+        except OSError as error:
+            raise BackendError(
+                f"metaschedule: no database can be in {part}: {error.strerror}; give another folder"
+            ) from error
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -348,5 +348,6 @@ def _stub_intrinsics() -> None:
 
 @functools.cache
 def _for_workers() -> Callable[[], None]:
-    """The same for the processes that build. As a function of no module: they would import nnopt, and JAX, to find it."""
-    return types.FunctionType(_stub_intrinsics.__code__, {"__builtins__": __builtins__, "__name__": "__main__"}, "stub")  # fmt: skip
+    """The same for the processes that build. A function of no module: they would import nnopt, and JAX, to find it."""
+    names = {"__builtins__": __builtins__, "__name__": "__main__"}
+    return types.FunctionType(_stub_intrinsics.__code__, names, "stub")

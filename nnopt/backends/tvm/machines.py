@@ -1,8 +1,10 @@
 """Where an executable runs: in this process on the CPU, on a GPU of this machine, or nowhere yet; and how it becomes a file."""
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -59,24 +61,43 @@ def exporter(executable: Any) -> Callable[[str | os.PathLike[str]], None]:
     """A function that writes an executable to a file: see `Compiled.export`."""
 
     def export(path: str | os.PathLike[str]) -> None:
-        kind = pathlib.Path(path).suffix
+        where = pathlib.Path(path)
         try:
-            if kind == ".cu":
-                pathlib.Path(path).write_text(_cuda_source(executable))
-            elif kind in (".so", ".tar"):
-                executable.export_library(os.fspath(path))
+            if where.suffix == ".cu":
+                where.write_text(_cuda_source(executable))
+            elif where.suffix in (".so", ".tar"):
+                where.write_bytes(b"")  # or says why not, which a linker would at length
+                with silent():
+                    executable.export_library(str(where))
             else:
                 raise BackendError(
-                    f"tvm: cannot export to {os.fspath(path)!r}; give a file that ends in .so, .tar (objects, to be linked where "
-                    "they run) or .cu (source, of code for a GPU)"
+                    f"tvm: cannot export to {str(where)!r}; give a file that ends in .so, .tar (objects, to be linked where they "
+                    "run) or .cu (source, of code for a GPU)"
                 )
-        except (OSError, RuntimeError) as error:  # such as no linker for another architecture
-            last = str(error).strip().splitlines()[-1:]
+        except OSError as error:
+            raise BackendError(f"tvm: cannot write {where}: {error.strerror}") from error
+        except RuntimeError as error:
+            where.unlink(missing_ok=True)
             raise BackendError(
-                f"tvm: cannot write {os.fspath(path)}: {''.join(last):.200}; a .tar needs no linker"
+                f"tvm: the linker of this machine cannot make {where}; export a .tar, which is linked where it runs"
             ) from error
 
     return export
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """TVM warns on the terminal of each scope that it saves, whatever that is: nothing is lost."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _cuda_source(executable: Any) -> str:

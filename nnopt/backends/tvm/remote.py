@@ -6,6 +6,7 @@ nor this process is part of them.
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import pathlib
 import socket
@@ -19,7 +20,8 @@ import jax
 import numpy as np
 
 from nnopt.backends.tvm.load import tvm
-from nnopt.backends.tvm.targets import is_gpu, target_text
+from nnopt.backends.tvm.machines import silent
+from nnopt.backends.tvm.targets import cpu_of, is_gpu, target_text
 from nnopt.errors import BackendError
 
 T = TypeVar("T")
@@ -90,6 +92,28 @@ class Device:
         name = self._asked("target.llvm_get_system_cpu")
         return None if name is None else str(name)
 
+    @property
+    def own(self) -> str | None:
+        """Target of the device's CPU, as JSON text; None if it does not say."""
+        if self.cpu is None:
+            return None
+        from tvm.target import codegen
+
+        triple = str(self._asked("target.llvm_get_system_triple") or "")
+        other = triple.partition("-")[0] != str(codegen.llvm_get_system_triple()).partition("-")[0]
+        # This machine's triple is as good where only vendors' names differ, and it has a linker.
+        return target_text(
+            {"kind": "llvm", "mcpu": self.cpu} | ({"mtriple": triple} if triple and other else {})
+        )
+
+    def describe(self, target: Any) -> dict[str, Any]:
+        """What a latency there depends on, as JSON values."""
+        return {
+            "platform": "cpu" if not is_gpu(target) else str(target.kind.name),
+            "device_kind": cpu_of(target),
+            "remote": self.remote.address,
+        }
+
     def _asked(self, name: str) -> Any:
         try:
             return self.session.get_function(name)()
@@ -102,8 +126,8 @@ class Device:
         """One line for an error of the device."""
         if _over(error):
             return BackendError(
-                f"remote: {self.remote.address} ended the session, which it keeps for {self.remote.session_timeout:g} s at most, or "
-                "its process died; compile again, with a longer session_timeout if need be"
+                f"remote: {self.remote.address} ended the session, which it keeps for {self.remote.session_timeout:g} s at most, "
+                "or its process died; compile again, with a longer session_timeout if need be"
             )
         line = next((x.strip() for x in reversed(str(error).splitlines()) if x.strip()), "")
         return BackendError(f"remote: {self.remote.address} failed: {line:.300}")
@@ -116,8 +140,8 @@ def _over(error: Exception) -> bool:
     )  # fmt: skip
 
 
-_DEVICES: "weakref.WeakValueDictionary[Remote, Device]" = weakref.WeakValueDictionary()
-"""In session: a device has one at a time, so what is compiled for it shares one."""
+_DEVICES: "weakref.WeakValueDictionary[str, Device]" = weakref.WeakValueDictionary()
+"""In session, by address: a device has one at a time, so what is compiled for it shares one."""
 _NUMBERS = itertools.count()
 
 
@@ -128,17 +152,18 @@ def device_of(remote: Remote) -> Device:
         BackendError: it cannot be reached, is in use for too long, or there is none of this key.
     """
     tvm()
-    known = _DEVICES.get(remote)
+    known = _DEVICES.get(remote.address)
     if known is not None:
         try:
             known.session.get_function("runtime.NumThreads")()
             return known
-        except Exception:  # it timed out or died: a new one is as good
-            _DEVICES.pop(remote, None)
+        except Exception:  # it timed out or died, and a new one is as good
+            _DEVICES.pop(remote.address, None)
+    gc.collect()  # TVM's virtual machines are parts of cycles: a session that nobody needs may not have ended yet
     _reach(remote)
     session = _tracked(remote) if remote.key is not None else _direct(remote)
     device = Device(remote, session)
-    _DEVICES[remote] = device
+    _DEVICES[remote.address] = device
     return device
 
 
@@ -146,10 +171,16 @@ def _reach(remote: Remote) -> None:
     """TVM itself would try for a minute."""
     try:
         socket.create_connection((remote.host, remote.port), _REACH_SECONDS).close()
+    except TimeoutError as error:
+        raise BackendError(
+            f"remote: {remote.host}:{remote.port} does not answer in {_REACH_SECONDS:g} s; check the address, or wait until others are "
+            "done with it"
+        ) from error
     except OSError as error:
         what = "a tracker" if remote.key is not None else "a device"
         raise BackendError(
-            f"remote: {remote.host}:{remote.port} does not answer: {error.strerror or error}; start {what} there, or check the address"
+            f"remote: {remote.host}:{remote.port} does not answer: {error.strerror or error}; start {what} there, or check the "
+            "address"
         ) from error
 
 
@@ -163,12 +194,13 @@ def _direct(remote: Remote) -> Any:
         )
     except TimeoutError:
         raise BackendError(
-            f"remote: {remote.address} accepts connections, but began no session in {remote.wait:g} s; it is in use, or no RPC server"
+            f"remote: {remote.address} accepts connections, but began no session in {remote.wait:g} s; it is in use, or is no RPC "
+            "server"
         ) from None
     except Exception as error:
         raise BackendError(
-            f"remote: {remote.address} refuses a session; if it is a tracker, or a device with a key, give the tracker's address and "
-            "the key"
+            f"remote: {remote.address} refuses a session; if it is a tracker, or a device with a key, give the tracker's address "
+            "and the key"
         ) from error
 
 
@@ -198,11 +230,11 @@ def _tracked(remote: Remote) -> Any:
             )
         except TimeoutError:
             raise BackendError(
-                f"remote: no device of the key {remote.key!r} was free within {remote.wait:g} s; try again later, or wait longer"
+                f"remote: no device of the key {remote.key!r} was free in {remote.wait:g} s; try again later, or wait longer"
             ) from None
         except Exception as error:
             raise BackendError(
-                f"remote: the device that the tracker {remote.host}:{remote.port} gave for {remote.key!r} does not answer; see to it"
+                f"remote: the device of the key {remote.key!r} that {remote.host}:{remote.port} gave does not answer; restart it"
             ) from error
 
 
@@ -298,8 +330,9 @@ def placed(executable: Any, device: Device, target: Any, inputs: Sequence[jax.Ar
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / name
-            executable.export_library(str(path))
-            session.upload(str(path))
+            with silent():
+                executable.export_library(str(path))
+            session.upload(bytearray(path.read_bytes()), name)
         place = session.device(kind, 0)
         if not place.exist:
             raise BackendError(f"remote: {device.remote.address} has no {kind} device")
