@@ -183,8 +183,8 @@ def test_a_disturbed_stretch_is_measured_again(space, path, monkeypatch):
 
     def noisy(candidates, **_):
         seen.append(candidates)
-        spread = 5.0 if len(seen) < 3 else 0.0
-        time = Latency(4.0 - len(seen), 0.0, spread, (1.0,), 1, False)
+        spread = 5.0 if len(seen) < 3 else 1.0
+        time = Latency(4.0 - len(seen), 4.0 - len(seen), spread, (1.0,), 1, False)
         return dict.fromkeys(candidates, time)
 
     with LatencyTable(path, create=True) as table:
