@@ -55,7 +55,9 @@ def as_given(
     weights = boxed(operator, {name: np.asarray(value) for name, value in params.items()})
     y = NEST.bind(x.reshape(-1, *image), weights.astype(x.dtype), operator=operator)
     y = y.reshape(*x.shape[: x.ndim - rank - 1], *operator.output)
-    return y + params["bias"] if module.use_bias else y
+    if not module.use_bias:
+        return y
+    return y + params["bias"].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def boxed(operator: Operator, params: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,0 +1,148 @@
+"""Operators on TVM with the loops and the schedule that a program gave them, and schedules replayed from JSON."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnopt.backends import compile_network
+from nnopt.errors import BackendError
+from nnopt.nests import (
+    Bind,
+    Bottleneck,
+    Fuse,
+    Group,
+    Interchange,
+    Parallel,
+    Prefetch,
+    Program,
+    Split,
+    StripMine,
+    Tile,
+    Unroll,
+    Vectorize,
+    convolution,
+)
+from nnopt.nests.interpret import interpret, kernel_box
+from nnopt.nests.module import ProgramConv
+from nnopt.nests.named import sequence1, sequence3
+from nnopt.nests.sample import draw
+
+tvm = pytest.importorskip("tvm", reason="needs TVM: pip install 'nnopt[tvm]'")
+
+from tvm import te, tirx  # noqa: E402
+from tvm_ffi import structural_equal  # noqa: E402
+
+from nnopt.backends.tvm import TvmBackend  # noqa: E402
+from nnopt.backends.tvm.backend import emitted, fused  # noqa: E402
+from nnopt.backends.tvm.conv import tiles  # noqa: E402
+from nnopt.backends.tvm.nest import expression  # noqa: E402
+from nnopt.backends.tvm.schedule import replay, schedule, trace_json  # noqa: E402
+
+IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 16), jnp.float32)
+
+
+class Net(nn.Module):
+    program: Program
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.relu(ProgramConv(16, (3, 3), program=self.program)(x)) + x
+
+
+def kernels(module, works):
+    for variable, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc):
+            yield str(variable.name_hint), function
+
+
+TABLE = {
+    "tiles": (
+        StripMine("co", 8), Interchange("co_i", "kw"), Vectorize("co_i"), Unroll("kh"), Parallel("co_o"),
+    ),
+    "groups": (Group("co", "ci", 2), Parallel("g")),
+    "groups by hand": (Tile("co", "ci", 4, 4), Unroll("kw"), Parallel("oh")),
+    "fused": (Fuse("oh", "ow"), Parallel("oh.ow")),
+    "copies": (Bottleneck("oh", 2), Parallel("co")),
+    "parts": (*sequence1(16, (1, 2)).steps, Parallel("co", part=0)),
+    "slabs": (*sequence3(2).steps, Parallel("co")),
+    "prefetch": (Split("co", (4,)), Bottleneck("ci", 2, part=1), Prefetch("x", "oh"), Unroll("kw")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_program_with_a_schedule_runs_as_it_says(name):
+    net = Net(Program(TABLE[name]))
+    variables = net.lazy_init(jax.random.key(0), IMAGE)
+    expected = compile_network(net, variables, IMAGE).outputs()
+    compiled = compile_network(net, variables, IMAGE, backend=TvmBackend())
+    np.testing.assert_allclose(compiled.outputs(), expected, rtol=1e-5, atol=1e-5)
+    texts = " ".join(compiled.traces.values())
+    for step in TABLE[name]:
+        if isinstance(step, Unroll | Vectorize | Parallel):
+            assert f'"{type(step).__name__}"' in texts
+    assert '"Reorder"' in texts
+
+
+def test_elementwise_work_is_fused_into_a_nest():
+    net = Net(Program(TABLE["tiles"]))
+    variables = net.lazy_init(jax.random.key(0), IMAGE)
+    module, works, _ = emitted(
+        lambda x: net.apply(variables, x), (jnp.zeros(IMAGE.shape),), lambda work: tiles(work, 16, 32)[0]
+    )  # fmt: skip
+    assert len(list(kernels(fused(module), works))) == 1
+
+
+def test_schedules_are_replayed():
+    net = Net(Program(TABLE["parts"]))
+    variables = net.lazy_init(jax.random.key(0), IMAGE)
+
+    def function(x):
+        x = net.apply(variables, x)
+        return jax.lax.reduce_window(
+            nn.Conv(8, (3, 3)).apply({"params": {"kernel": jnp.ones((3, 3, 16, 8)), "bias": jnp.ones(8)}}, x),
+            -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID",
+        )  # fmt: skip
+
+    module, works, _ = emitted(
+        function, (jnp.zeros(IMAGE.shape),), lambda work: tiles(work, 16, 32)[0]
+    )
+    found = dict(kernels(fused(module), works))
+    assert len(found) == 3
+    for kernel in found.values():
+        made = schedule(kernel, works, 2, 16)
+        assert structural_equal(replay(kernel, trace_json(made)).mod, made.mod)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_any_program_is_its_interpretation(seed, data):
+    size = data.draw(st.sampled_from([(6, 6), (4, 8)]))
+    conv = convolution(size, 8, 4, (3, 3), strides=data.draw(st.sampled_from([(1, 1), (2, 2)])))
+    rng = np.random.default_rng(seed)
+    operator = draw(conv, rng, 3).operator
+    x = rng.normal(size=(1, *operator.input)).astype(np.float32)
+    weights = rng.normal(size=kernel_box(operator)[1]).astype(np.float32)
+    places = [te.placeholder(a.shape, "float32") for a in (x, weights)]
+    names = [str(i) for i in range(len(operator.nests))]
+    function = te.create_prim_func([*places, expression(operator, *places, names)])
+    works = dict(zip(names, operator.nests, strict=True))
+    compiled = tvm.compile(
+        schedule(function, works, 1, 16).mod, tvm.target.Target({"kind": "llvm"})
+    )
+    y = tvm.runtime.tensor(np.empty((1, *operator.output), np.float32))
+    compiled["main"](tvm.runtime.tensor(x), tvm.runtime.tensor(weights), y)
+    expected = interpret(operator, x.astype(np.float64), weights.astype(np.float64))
+    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cpu_has_no_threads_of_a_gpu():
+    net = Net(Program((Bind("co", "threadIdx.x"),)))
+    variables = net.lazy_init(jax.random.key(0), IMAGE)
+    with pytest.raises(
+        BackendError, match=r"co is bound to threadIdx.x, which a CPU does not have"
+    ):
+        compile_network(net, variables, IMAGE, backend=TvmBackend())
