@@ -253,6 +253,7 @@ REFUSED = [
     ((Split("co", (12,)),), "do not cut the 12 of co into parts"),
     ((Fuse("co", "oh"),), "oh is not directly within co"),
     ((Parallel("ci"),), "ci is a loop of a reduction"),
+    ((Fuse("co", "ci"), Parallel("co.ci")), "co.ci is a loop of a reduction"),
     ((Vectorize("co"),), "co is not the innermost loop"),
     ((Unroll("ci"), StripMine("ci", 2)), "ci is marked unroll"),
     ((Unroll("ci"), Unroll("ci")), "marked unroll already"),

@@ -139,10 +139,15 @@ def test_any_program_is_its_interpretation(seed, data):
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_cpu_has_no_threads_of_a_gpu():
-    net = Net(Program((Bind("co", "threadIdx.x"),)))
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((Bind("co", "threadIdx.x"),), "co is bound to threadIdx.x, which a CPU does not have"),
+        ((Fuse("co", "ci"), Parallel("oh")), "co.ci was fused from loops of the output and of a"),
+    ],
+)
+def test_what_tvm_cannot_run(steps, message):
+    net = Net(Program(steps))
     variables = net.lazy_init(jax.random.key(0), IMAGE)
-    with pytest.raises(
-        BackendError, match=r"co is bound to threadIdx.x, which a CPU does not have"
-    ):
+    with pytest.raises(BackendError, match=message):
         compile_network(net, variables, IMAGE, backend=TvmBackend())

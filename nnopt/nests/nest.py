@@ -84,6 +84,11 @@ class Nest:
         """Whether different iterations of a loop write different elements."""
         return self.uses("y", name)
 
+    def writes_apart(self, name: str) -> bool:
+        """Whether no two iterations of a loop write the same element: false for one that was fused with a reduction's."""
+        digits = {t[2:] for dim in self.y for t in dim.at.of(name)}
+        return math.prod(extent for _, extent in digits) == self.loop(name).extent
+
     @property
     def extents(self) -> dict[str, int]:
         """Loop -> number of iterations."""

@@ -175,7 +175,7 @@ class _Mark(Keeping):
     def change(self, nest: Nest) -> Sequence[Nest]:
         """See `Step`."""
         loop = nest.loop(self.loop)
-        if self.at_once and not nest.is_output(self.loop):
+        if self.at_once and not nest.writes_apart(self.loop):
             raise NestError(
                 f"{self.loop} is a loop of a reduction: its iterations add to the same elements"
             )

@@ -5,7 +5,6 @@ loop of the nest. Order and marks are the schedule: they are applied to the kern
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -244,8 +243,7 @@ def _check_whole(nest: Nest) -> None:
     for loop in nest.loops:
         if not nest.is_output(loop.name):
             continue
-        digits = {t[2:] for dim in nest.y for t in dim.at.terms if t.loop == loop.name}
-        if math.prod(extent for _, extent in digits) != loop.extent:
+        if not nest.writes_apart(loop.name):
             raise BackendError(
                 f"tvm: the loop {loop.name} was fused from loops of the output and of a reduction, which no TVM loop can be; "
                 "leave the two apart"
