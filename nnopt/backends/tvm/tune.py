@@ -119,5 +119,5 @@ def searched(
             known[tile] = statistics.median(b / a for a, b in pairs)
             cache.add(work, where, first, tile, known[tile], min(b for _, b in pairs))
             on_progress(f"{tile}: {1 / known[tile]:.2f}x")
-    best = min(known, key=lambda tile: known[tile], default=first)
+    best = min(others, key=lambda tile: known[tile], default=first)
     return best if known.get(best, 1.0) < _CLEARLY else first
