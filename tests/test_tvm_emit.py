@@ -197,8 +197,8 @@ def test_plain_loops_are_right_too():
 
 ACTIVATIONS = (
     "relu", "relu6", "sigmoid", "softplus", "sparse_plus", "sparse_sigmoid", "soft_sign", "silu", "log_sigmoid", "leaky_relu",
-    "hard_sigmoid", "hard_silu", "hard_tanh", "elu", "celu", "selu", "gelu", "squareplus", "mish", "identity", "standardize", "softmax",
-    "log_softmax", "glu", "logsumexp",
+    "hard_sigmoid", "hard_silu", "hard_tanh", "elu", "celu", "selu", "gelu", "squareplus", "mish", "identity", "standardize",
+    "softmax", "log_softmax", "glu", "logsumexp",
 )  # fmt: skip
 
 

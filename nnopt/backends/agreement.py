@@ -1,8 +1,9 @@
 """Whether backends compute the same: each against the others, and against JAX in 64 bits.
 
-A backend that is fast and wrong would win every search, so what it says is believed only of networks on which it agrees. Outputs are
-those of the network compiled as it is timed. To tell where a difference begins, the outputs of convolutions and dense layers are
-asked for as well; that is another program, for a compiler can no longer fuse them into what follows, so it locates and does not judge.
+A backend that is fast and wrong would win every search, so what it says is believed only of networks on which it agrees. Outputs
+are those of the network compiled as it is timed. To tell where a difference begins, the outputs of convolutions and dense layers
+are asked for as well; that is another program, for a compiler can no longer fuse them into what follows, so it locates and does
+not judge.
 """
 
 import dataclasses
@@ -154,10 +155,12 @@ def _compared(
     watched = _watched(function, paths) if paths else function
     results = {b.name: watched_outputs(b, watched, inputs) for b in backends}
     exact = in_double(network, inputs, paths)
-    structure = jax.tree.structure(exact)
+    structure: Any = jax.tree.structure(exact)
     for name, result in results.items():
-        if jax.tree.structure(result) != structure:
-            raise BackendError(f"{name} returns {jax.tree.structure(result)}, and the network {structure}")
+        if structure != jax.tree.structure(result):
+            raise BackendError(
+                f"{name} returns {jax.tree.structure(result)}, and the network {structure}"
+            )
     results[EXACT] = exact
     names = list(results)
     pairs = [(a, EXACT) for a in names[:-1]] + [
@@ -172,13 +175,18 @@ def _compared(
     ]
 
 
-def watched_outputs(backend: Backend, function: Callable[..., Any], inputs: Sequence[jax.Array]) -> Any:
+def watched_outputs(
+    backend: Backend, function: Callable[..., Any], inputs: Sequence[jax.Array]
+) -> Any:
     """What a backend makes of a function."""
     return jax.tree.map(np.asarray, backend.compile(function, inputs).outputs())
 
 
 def _places(tree: Any) -> list[str]:
-    paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(tree)]
+    paths = [
+        jax.tree_util.keystr(p, simple=True, separator="/")
+        for p, _ in jax.tree.leaves_with_path(tree)
+    ]
     return [path or "output" for path in paths]
 
 
@@ -198,7 +206,9 @@ def difference(place: str, first: str, second: str, a: Any, b: Any) -> Differenc
 
 
 def in_double(
-    network: tuple[nn.Module, Variables, Any], inputs: Sequence[jax.Array], paths: Sequence[Path] = ()
+    network: tuple[nn.Module, Variables, Any],
+    inputs: Sequence[jax.Array],
+    paths: Sequence[Path] = (),
 ) -> Any:
     """A network's outputs with all numbers of 64 bits, by JAX on a CPU.
 
@@ -237,7 +247,9 @@ def _layers(net: nn.Module, example: Any) -> list[Path]:
     ]
 
 
-def _watched(function: Callable[..., Any], paths: Sequence[Path]) -> Callable[..., dict[str, jax.Array]]:
+def _watched(
+    function: Callable[..., Any], paths: Sequence[Path]
+) -> Callable[..., dict[str, jax.Array]]:
     """The function, which returns what layers return, and not what it returned; the second call of a layer is `path 2`."""
 
     def watched(*arrays: Any) -> dict[str, jax.Array]:
@@ -247,7 +259,12 @@ def _watched(function: Callable[..., Any], paths: Sequence[Path]) -> Callable[..
 
         def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             path = context.module.scope.path if context.module.scope is not None else None
-            if path not in paths or path in running or context.method_name == "setup":
+            if (
+                path is None
+                or path not in paths
+                or path in running
+                or context.method_name == "setup"
+            ):
                 return next_fun(*args, **kwargs)
             running.add(path)
             try:

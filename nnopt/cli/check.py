@@ -66,7 +66,9 @@ class CheckCommand:
 
         at_least_one(self, "batch", "repeats", "top")
         if not 0 < self.tolerance < math.inf:
-            raise BackendError(f"--tolerance is {self.tolerance}; give a number above 0, such as 1e-4")
+            raise BackendError(
+                f"--tolerance is {self.tolerance}; give a number above 0, such as 1e-4"
+            )
         if not self.networks:
             raise BackendError("there is nothing to check; name a network, such as wrn-16-1")
         if not 0 <= self.seed < 2**32:
@@ -81,7 +83,12 @@ class CheckCommand:
         console = Console()
         with Bars(console) as bars:
             checked = check_networks(
-                networks, backends, bars, tolerance=self.tolerance, layers=self.layers, seed=self.seed
+                networks,
+                backends,
+                bars,
+                tolerance=self.tolerance,
+                layers=self.layers,
+                seed=self.seed,
             )
             runs = []
             if self.latency:
@@ -97,7 +104,9 @@ class CheckCommand:
             console.print(f"Everything: {self.out}", soft_wrap=True, highlight=False)
         wrong = [name for name, found in checked.items() if not found.agrees]
         if not wrong:
-            console.print(f"All agree: {', '.join(b.name for b in backends)} and float64.", highlight=False)
+            console.print(
+                f"All agree: {', '.join(b.name for b in backends)} and float64.", highlight=False
+            )
             return
         for name in wrong:
             begins = checked[name].first_wrong_layer
@@ -112,7 +121,9 @@ class CheckCommand:
         if self.out is None:
             return
         rows = [
-            {"network": name, "kind": kind} | dataclasses.asdict(d) | {"agrees": d.within(self.tolerance)}
+            {"network": name, "kind": kind}
+            | dataclasses.asdict(d)
+            | {"agrees": d.within(self.tolerance)}
             for name, found in checked.items()
             for kind, differences in (("output", found.outputs), ("layer", found.layers))
             for d in differences

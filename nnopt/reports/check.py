@@ -21,10 +21,16 @@ def agreement_table(checked: Mapping[str, Agreement], tolerance: float) -> Table
     table.add_column("verdict")
     for name, found in checked.items():
         for d in found.outputs:
-            table.add_row(Text(name), Text(d.place), Text(f"{d.first}, {d.second}"), *_numbers(d), _verdict(d, tolerance))
+            table.add_row(
+                Text(name),
+                Text(d.place),
+                Text(f"{d.first}, {d.second}"),
+                *_numbers(d),
+                _verdict(d, tolerance),
+            )
     table.caption = Text(
-        f"Difference: the largest of an element. Relative: to the largest magnitude in the output. Agree: no more than {tolerance:g}. "
-        "float64: JAX with all numbers of 64 bits.",
+        f"Difference: the largest of an element. Relative: to the largest magnitude in the output. "
+        f"Agree: no more than {tolerance:g}. float64: JAX with all numbers of 64 bits.",
         style="table.caption",
     )
     table.caption_justify = "left"
@@ -47,7 +53,9 @@ def layer_agreement_table(name: str, found: Agreement, top: int) -> Table:
     table.add_column("verdict")
     for place in sorted(most, key=order.index):
         d = worst(layers[place])
-        table.add_row(Text(place), Text(f"{d.first}, {d.second}"), *_numbers(d), _verdict(d, found.tolerance))
+        table.add_row(
+            Text(place), Text(f"{d.first}, {d.second}"), *_numbers(d), _verdict(d, found.tolerance)
+        )
     more = len(order) - len(most)
     table.caption = Text(
         "Outputs of convolutions and dense layers, in the order of their calls"
@@ -92,4 +100,6 @@ def _numbers(d: Difference) -> tuple[str, str]:
 
 
 def _verdict(d: Difference, tolerance: float) -> Text:
-    return Text("agree", style="green") if d.within(tolerance) else Text("DISAGREE", style="bold red")
+    return (
+        Text("agree", style="green") if d.within(tolerance) else Text("DISAGREE", style="bold red")
+    )

@@ -42,7 +42,9 @@ def check_networks(
     for name, (net, example) in networks.items():
         variables = stand_in_variables(net, example, seed)
         try:
-            found[name] = agreement(net, variables, example, backends, tolerance=tolerance, layers=layers)
+            found[name] = agreement(
+                net, variables, example, backends, tolerance=tolerance, layers=layers
+            )
         except BackendError as error:
             raise type(error)(f"{name}: {error}") from error
         watcher.advance(name)

@@ -76,7 +76,7 @@ class Emitter:
 
         def read(atom: Any) -> Value:
             if isinstance(atom, jex.Literal):  # perhaps a number of Python's, which knows no width
-                return Value.of(np.asarray(atom.val, atom.aval.dtype))
+                return Value.of(np.asarray(atom.val, _dtype(atom)))
             return known[atom]
 
         for equation in jaxpr.eqns:
@@ -101,7 +101,8 @@ class Emitter:
             return self.run(inner, (), values)
         made = RULES.get(name)
         lazy = made is not None and getattr(made, "lazy", False)
-        if not lazy and all(v.constant for v in values) and name not in _CONTROL:
+        foreign = any(v.dtype not in DTYPES for v in values)  # such as keys of random numbers
+        if all(v.constant for v in values) and name not in _CONTROL and (foreign or not lazy):
             return self._evaluated(equation, values)
         if made is None:
             raise self.unsupported(equation)
@@ -273,6 +274,10 @@ class Emitter:
             return te.compute(tuple(shape), element, name="pack")
 
         return self.te(expression, [kernel], shape, kernel.dtype, name="pack")
+
+
+def _dtype(atom: Any) -> Any:
+    return atom.aval.dtype
 
 
 _CONTROL = ("scan", "cond", "while")

@@ -80,6 +80,20 @@ def library(name: str, *operands: Any) -> Any:
     return tirx.call_pure_extern(dtype, name + ("f" if dtype == "float32" else ""), *operands)
 
 
+def once(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function, with a name for its operand: what is inlined where it is read ten times would be compiled ten times."""
+
+    def bound(x: Any) -> Any:
+        from tvm import tirx as t
+
+        x = t.convert(x) if not hasattr(x, "ty") and not hasattr(x, "dtype") else x
+        name = t.Var("operand", dtype_of(x))
+        return t.Let(name, x, function(name))
+
+    return bound
+
+
+@once
 def tanh(x: Any) -> Any:
     """As TVM's own has no digits left at small numbers."""
     from tvm import tirx as t
@@ -98,6 +112,7 @@ def tanh(x: Any) -> Any:
     return t.Select(t.abs(x) < constant(x, 0.0004), x, quotient)
 
 
+@once
 def expm1(x: Any) -> Any:
     """`tanh(x / 2) = (e^x - 1) / (e^x + 1)`: no digits are lost at small numbers."""
     from tvm import tirx as t
@@ -293,8 +308,8 @@ def _clamped(low: Any, x: Any, high: Any) -> Any:
 
 NAMES = (
     *_LIBRARY, "add", "add_any", "sub", "mul", "div", "rem", "max", "min", "clamp", "pow", "atan2", "neg", "abs", "sign", "exp",
-    "exp2", "log", "expm1", "tanh", "logistic", "sqrt", "rsqrt", "square", "integer_pow", "erf", "sin", "cos", "floor", "ceil", "round",
-    "is_finite", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "shift_left", "shift_right_arithmetic",
+    "exp2", "log", "expm1", "tanh", "logistic", "sqrt", "rsqrt", "square", "integer_pow", "erf", "sin", "cos", "floor", "ceil",
+    "round", "is_finite", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "select_n", "convert_element_type", "copy", "copy_p", "stop_gradient",
 )  # fmt: skip
 """Keys of `expressions`, which need no TVM."""
