@@ -59,7 +59,11 @@ def tuned(
     Raises:
         BackendError: a package is missing, or the database is damaged.
     """
-    _check_packages()
+    for name in _NEEDED:
+        if not _installed(name):
+            raise BackendError(
+                f"metaschedule needs {name}, which is not installed; install it with: pip install 'nnopt[tvm]'"
+            )
     model = "xgb" if _installed("xgboost") else "random"
     kernels = _kernels(module, works)
     with contextlib.ExitStack() as opened:
@@ -85,14 +89,6 @@ def tuned(
     if model == "random":
         what += "; by chance, for xgboost is not installed"
     return found, what
-
-
-def _check_packages() -> None:
-    for name in _NEEDED:
-        if not _installed(name):
-            raise BackendError(
-                f"metaschedule needs {name}, which is not installed; install it with: pip install 'nnopt[tvm]'"
-            )
 
 
 def _installed(name: str) -> bool:
@@ -214,14 +210,13 @@ def _tune(
         postprocs=ms.Postproc.create("llvm"),
         mutator_probs=ms.Mutator.create("llvm"),
     )
-    with _quiet():
-        loggers = ms.logging.get_loggers_from_work_dir(str(part), list(kernels))
+    with _logged(part / "search.log") as logger:
         tasks = [
             ms.TuneContext(
                 mod=_alone_in_module(kernel), target=target, space_generator=space, search_strategy=strategy,
                 task_name=name, logger=logger, rand_state=1 + number, num_threads=threads,
             ).clone()
-            for number, ((name, kernel), logger) in enumerate(zip(kernels.items(), loggers, strict=True))
+            for number, (name, kernel) in enumerate(kernels.items())
         ]  # fmt: skip
         ms.tune.tune_tasks(
             tasks=tasks,
@@ -303,18 +298,22 @@ def _records_of(records: Any, kernels: list[Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """MetaSchedule writes to files of its own in the database, not to the terminal."""
+def _logged(path: pathlib.Path) -> Iterator[logging.Logger]:
+    """MetaSchedule's logger, which writes to a file. What TVM has for it closes all handlers that the process has."""
     logger = logging.getLogger(_LOGGER)
-    logger.setLevel(logging.CRITICAL)  # it takes the terminal's level from here
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     try:
-        yield
+        yield logger
     finally:
-        every = [name for name in logging.root.manager.loggerDict if name.startswith(_LOGGER)]
-        for one in map(logging.getLogger, every):
-            for handler in list(one.handlers):
-                one.removeHandler(handler)
-                handler.close()
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+        handler.close()
 
 
 @contextlib.contextmanager

@@ -134,10 +134,8 @@ class Device:
 
 
 def _over(error: Exception) -> bool:
-    return any(
-        word in str(error)
-        for word in ("SessionTimeout", "connection", "Connection", "shutdown", "socket", "channel", "Broken pipe", "recv")
-    )  # fmt: skip
+    words = ("sessiontimeout", "rpccode", "connection", "shutdown", "socket", "channel", "broken pipe", "recv")  # fmt: skip
+    return any(word in str(error).lower() for word in words)
 
 
 _DEVICES: "weakref.WeakValueDictionary[str, Device]" = weakref.WeakValueDictionary()
@@ -173,8 +171,8 @@ def _reach(remote: Remote) -> None:
         socket.create_connection((remote.host, remote.port), _REACH_SECONDS).close()
     except TimeoutError as error:
         raise BackendError(
-            f"remote: {remote.host}:{remote.port} does not answer in {_REACH_SECONDS:g} s; check the address, or wait until others are "
-            "done with it"
+            f"remote: {remote.host}:{remote.port} does not answer in {_REACH_SECONDS:g} s; check the address, or wait until others "
+            "are done with it"
         ) from error
     except OSError as error:
         what = "a tracker" if remote.key is not None else "a device"

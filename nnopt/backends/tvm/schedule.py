@@ -67,7 +67,8 @@ def trace_json(sch: Any) -> str:
             return {str(k): plain(v) for k, v in value.items()}
         return [plain(v) for v in value]
 
-    return json.dumps(plain(sch.trace.simplified(True).as_json()))
+    # With the second part of those that MetaSchedule made: their vectors and threads are in it.
+    return json.dumps(plain(sch.trace.simplified(False).as_json()))
 
 
 def replay(function: Any, trace: str) -> Any:
@@ -179,7 +180,9 @@ def _in_place(sch: Any, epilogue: Any, conv: Any, shape: list[int]) -> bool:
 
     def same(read: Any, variable: Any, size: int) -> bool:
         at = read.min
-        return at.same_as(variable.var) or (size == 1 and isinstance(at, tirx.IntImm) and int(at) == 0)
+        return at.same_as(variable.var) or (
+            size == 1 and isinstance(at, tirx.IntImm) and int(at) == 0
+        )
 
     return all(
         int(read.extent) == 1 and same(read, variable, size)
