@@ -135,6 +135,8 @@ class Problem:
             that scores.
     """
 
+    limited: LimitedSampler | None = None
+
     def __init__(self, spec: BlockSwap, data_dir: str | None = None) -> None:
         """Loads and counts.
 
@@ -154,7 +156,6 @@ class Problem:
         self._sites = sites(self.base, self.example)
         self.space: BlockSpace = block_space(self.base, self.example, choices)
         self.sampler = BudgetSampler(self.space, spec.budget, spec.tolerance)
-        self.limited: LimitedSampler | None = None
         if spec.latency is not None:
             draws = functools.partial(self.sampler.draws, spec.seed)
             parts = space_parts(self.space, self._sites)
