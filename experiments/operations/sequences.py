@@ -4,7 +4,7 @@ taskset -c 0 python -m experiments.operations.sequences
 
 Sequences 1 to 3 of Turner et al. (Neural Architecture Search as Program Transformation Exploration, ASPLOS 2021) with the arguments
 of an independent study of ten ResNet-34 layers on three devices: two parts of 2 and 4 groups; 16 outputs of all inputs and the rest
-in two groups; two slabs. As there, the 1x1 convolutions of shortcuts are replaced by 3x3 sequences. Its layers of 7 x 7 are measured
+in two groups; two slabs. As there, the 1x1 convolutions of shortcuts are replaced by 3x3 sequences. Layers of 7 x 7 are measured
 at 8 x 8 here: seven rows are no two slabs.
 
 Each layer's convolution and sequences run on XLA and TVM in one interleaved run, one image, weights inside the executable; an

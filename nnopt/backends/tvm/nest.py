@@ -25,9 +25,11 @@ NEST = Primitive("nnopt_nest")
 """An operator on images `[batch, *input]` and weights of the extents of `kernel_box`."""
 
 
-@NEST.def_abstract_eval
 def _shape(x: Any, kernel: Any, *, operator: Operator) -> Any:
     return x.update(shape=(x.shape[0], *operator.output), weak_type=False)
+
+
+NEST.def_abstract_eval(_shape)
 
 
 def as_given(

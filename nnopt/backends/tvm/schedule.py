@@ -45,11 +45,12 @@ def schedule(function: Any, works: Mapping[str, Work], threads: int, lanes: int)
         sch.unannotate(block, MAIN)
     if not main:
         _others(sch, blocks, threads, lanes)
-    elif isinstance(main[0][1], tuple):
-        ((conv, (work, tile)),) = main
-        _convolution(sch, blocks, conv, work, tile, threads, lanes)
+    elif nests := {block: work for block, work in main if isinstance(work, Nest)}:
+        _nests(sch, blocks, nests, threads, lanes)
     else:
-        _nests(sch, blocks, dict(main), threads, lanes)
+        for block, work in main:  # one: no two are fused
+            assert isinstance(work, tuple)
+            _convolution(sch, blocks, block, *work, threads, lanes)
     return sch
 
 
