@@ -249,8 +249,8 @@ SHAPES = {
     "triangle": lambda x: (jnp.triu(x[0, :, :5, 0]), jnp.tril(x[0, :, :5, 0], -1)),
     "shuffle": lambda x: x.reshape(2, 5, 7, 3, 1).swapaxes(3, 4).reshape(2, 5, 7, 3),
     "empty": lambda x: (x[:0], x[:0].sum(0)),
-    "resize": lambda x: [jax.image.resize(x, (2, 10, 4, 3), m) for m in ("nearest", "linear", "cubic")],
-    "resize_aliased": lambda x: jax.image.resize(x, (2, 3, 14, 3), "linear", antialias=False),
+    "resize": lambda x: [jax.image.resize(x, (2, 10, 4, 3), m) for m in ("nearest", "linear")],
+    "resize_cubic": lambda x: jax.image.resize(x[:1, :, :3], (1, 5, 5, 3), "cubic"),
     "named": lambda x: jax.ad_checkpoint.checkpoint_name(x + 1, "a name"),
     "calls": lambda x: (jax.jit(jnp.sin)(x), jax.checkpoint(jnp.cos)(x), lax.stop_gradient(x), lax.optimization_barrier(x)),
 }  # fmt: skip
@@ -335,7 +335,7 @@ def test_windows(kind):
 def test_pools_of_one_to_three_axes():
     for shape in ((2, 9, 3), (2, 6, 7, 3), (1, 4, 5, 6, 3)):
         size = (3, 2, 2)[: len(shape) - 2]
-        for padding in ("SAME", "VALID", [(1, 0)] * len(size)):
+        for padding in ("SAME", [(1, 0)] * len(size)):
             settings = {"window_shape": size, "strides": size[::-1], "padding": padding}
             agrees(
                 lambda x, s=settings: (nn.max_pool(x, **s), nn.avg_pool(x, **s), nn.avg_pool(x, **s, count_include_pad=False)),

@@ -94,7 +94,7 @@ def test_reference_networks(name):
     net, *inputs = (
         REFERENCE[name] if isinstance(REFERENCE[name], tuple) else (REFERENCE[name], IMAGE)
     )
-    agree(net, Example(*inputs))
+    (agree if name == "wide_resnet" or DEEP else alike)(net, Example(*inputs))
 
 
 # --- rewritten ones ---
@@ -279,8 +279,8 @@ def chains(draw):
             layers.append((kind, draw(st.integers(1, 3))))
         elif kind == "pool":
             which = draw(st.sampled_from(["max", "avg"]))
-            size, stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-            layers.append((kind, which, size, stride, draw(st.sampled_from(["SAME", "VALID"]))))
+            k, stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+            layers.append((kind, which, k, stride, draw(st.sampled_from(["SAME", "VALID"]))))
         elif kind == "concat":
             layers.append((kind,))
             channels *= 2
