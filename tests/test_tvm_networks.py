@@ -44,8 +44,8 @@ from nnopt.rewrites import (
     ReplaceBlock,
 )
 
-CHAINS = int(os.environ.get("NNOPT_RANDOM_NETWORKS", "24"))
-DEEP = CHAINS > 24
+CHAINS = int(os.environ.get("NNOPT_RANDOM_NETWORKS", "12"))
+DEEP = CHAINS > 12
 TVM, XLA = TvmBackend(threads=1), XlaBackend()
 IMAGE = jax.ShapeDtypeStruct((1, 12, 12, 3), jnp.float32)
 WRN = WideResNet(10, 1.0)
