@@ -1,7 +1,6 @@
-"""One convolution compiled alone: for the search of tiles, and to see how near to the peak of a core it comes."""
+"""Single kernels: convolutions compiled alone, for the search of tiles, and what a core can do at most."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,28 +12,22 @@ from nnopt.backends.tvm.schedule import schedule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
-    """A compiled convolution with arrays to run it on.
+    """A compiled kernel with arrays to run it on.
 
     Attributes:
         module: the executable.
-        arrays: image, packed kernel, result, as TVM tensors.
-        trace: the schedule's instructions.
+        arrays: what it reads, and at last its result, as TVM tensors.
     """
 
     module: Any
     arrays: tuple[Any, ...]
-    trace: Any
 
-    def __call__(self) -> None:
-        """Runs once, and returns when it has."""
-        self.module["main"](*self.arrays)
-
-    def milliseconds(self, *, repeats: int = 3, least_ms: float = 10.0) -> float:
-        """Time of a call: median of a few samples, each as long as given at least."""
+    def milliseconds(self, samples: int = 3, sample_ms: float = 2.0) -> float:
+        """Time of a call, without what calling it from Python takes: the least of a few samples."""
         timer = self.module.mod.time_evaluator(
-            "main", tvm().cpu(), number=1, repeat=repeats, min_repeat_ms=int(least_ms)
+            "main", tvm().cpu(), number=1, repeat=samples, min_repeat_ms=int(sample_ms)
         )
-        return 1e3 * float(timer(*self.arrays).median)
+        return 1e3 * float(timer(*self.arrays).min)
 
 
 def build_conv(work: ConvWorkload, tile: Tile, target: Any, threads: int, lanes: int) -> Kernel:
@@ -61,16 +54,16 @@ def build_conv(work: ConvWorkload, tile: Tile, target: Any, threads: int, lanes:
     module = tvm().compile(made.mod, target)
     result = np.empty((work.batch, *work.output, work.outputs), work.dtype)
     arrays = tuple(tvm().runtime.tensor(a) for a in (image, packed, result))
-    return Kernel(module, arrays, made.trace)
+    return Kernel(module, arrays)
 
 
-def multiply_adds(target: Any, lanes: int, registers: int) -> tuple[Callable[[], None], int]:
+def multiply_adds(target: Any, lanes: int, registers: int) -> tuple[Kernel, int]:
     """Independent multiply-adds in registers, as many as a core can do: its peak.
 
     Returns:
-        A function that runs them once, and the floating-point operations of a run, two for a multiply-add.
+        The kernel, and the floating-point operations of a call, two for a multiply-add.
     """
-    from tvm import te, tirx
+    from tvm import s_tir, te, tirx
 
     rows, rounds = 20 if registers >= 32 else 12, 200_000
     step = te.comm_reducer(
@@ -79,8 +72,6 @@ def multiply_adds(target: Any, lanes: int, registers: int) -> tuple[Callable[[],
     x = te.placeholder((lanes,), "float32", name="x")
     r = te.reduce_axis((0, rounds), "r")
     y = te.compute((rows, lanes), lambda i, j: step(x[j], axis=r), name="y")
-    from tvm import s_tir
-
     sch = s_tir.Schedule(te.create_prim_func([x, y]))
     block = sch.get_sblock("y")
     kept = sch.cache_write(block, 0, "local")
@@ -94,8 +85,6 @@ def multiply_adds(target: Any, lanes: int, registers: int) -> tuple[Callable[[],
         sch.unroll(rows_of)
         sch.vectorize(lane)
     module = tvm().compile(sch.mod, target)
-    arrays = [
-        tvm().runtime.tensor(np.ones(lanes, np.float32)),
-        tvm().runtime.tensor(np.empty((rows, lanes), np.float32)),
-    ]
-    return lambda: module["main"](*arrays), 2 * rows * lanes * rounds
+    arrays = np.ones(lanes, np.float32), np.empty((rows, lanes), np.float32)
+    kernel = Kernel(module, tuple(tvm().runtime.tensor(a) for a in arrays))
+    return kernel, 2 * rows * lanes * rounds
