@@ -72,7 +72,7 @@ class Predictor:
 
     Attributes:
         parts: workload -> milliseconds, at the machine's median speed.
-        reference_ms: what the reference takes at that speed.
+        reference_ms: what the reference for networks takes at that speed.
         fit: from their sum to a latency.
         source: what it was read from, for errors.
     """
@@ -89,13 +89,13 @@ class Predictor:
         Raises:
             MeasurementError: it is empty, or a network has a part that it does not hold.
         """
-        speed = times.reference_ms()
+        speed = times.reference_ms("parts")
         parts = {w: row.ms * speed / row.reference_ms for w, row in times.parts().items()}
         if not parts:
             raise MeasurementError(
                 f"{times.table.path} has no times of {times.backend}; build them with `nnopt table build`"
             )
-        bare = cls(parts, speed, Fit(), str(times.table.path))
+        bare = cls(parts, times.reference_ms("networks"), Fit(), str(times.table.path))
         networks = list(times.networks("fit").values())
         found = fit([bare.sum_ms(n.parts) for n in networks], [bare.at_speed(n) for n in networks])
         return dataclasses.replace(bare, fit=found)

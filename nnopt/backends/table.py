@@ -54,7 +54,7 @@ class TimedNetwork:
         workload: what it is and what it is called with.
         parts: workloads of its parts, each as often as it is run.
         ms: of a call, as it was measured.
-        reference_ms: of the reference in the same rounds.
+        reference_ms: of the reference for networks in the same rounds, which is not that of parts.
     """
 
     workload: str
@@ -273,10 +273,15 @@ class SetupTimes:
         values = (self.number, row.workload, role, json.dumps(row.parts), row.ms, row.reference_ms)
         self.table.write("INSERT OR REPLACE INTO networks VALUES (?, ?, ?, ?, ?, ?)", values)
 
-    def reference_ms(self) -> float:
-        """What the reference takes in the median, which stands for the speed of the machine."""
-        times = [row.reference_ms for row in self.parts().values()]
-        return statistics.median(times) if times else 1.0
+    def reference_ms(self, of: Literal["parts", "networks"]) -> float:
+        """What a reference takes in the median, which stands for the speed of the machine.
+
+        For networks those of the fit count, so that a check does not change what is predicted.
+        """
+        rows: list[TimedPart] | list[TimedNetwork] = list(self.parts().values())
+        if of == "networks":
+            rows = list((self.networks("fit") or self.networks("check")).values())
+        return statistics.median(row.reference_ms for row in rows) if rows else 1.0
 
     def _checked(self, row: Any) -> Any:
         if not all(isinstance(t, float) and t > 0 for t in (row.ms, row.reference_ms)):
