@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.operations import resnet34
+from experiments.operations import resnet34, sequences
 from experiments.operations.candidates import candidates, layers
 from experiments.operations.report import Row, beaten, best, picture, table
 from nnopt.core import Example, load_record
@@ -97,3 +97,23 @@ def test_bad_input(options, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_published_sequences_on_a_small_layer(tmp_path, data_dir, monkeypatch, capsys):
+    pytest.importorskip("tvm", reason="needs TVM: pip install 'nnopt[tvm]'")
+    monkeypatch.setattr(sequences, "LAYERS", {"small": (32, 32, 8, 3)})
+    options = ["--repeats=1", "--layers", "small", f"--data-dir={data_dir}", f"--out={tmp_path}"]
+    sequences.main(options)
+    rows = list(csv.DictReader((tmp_path / "sequences.csv").read_text().splitlines()))
+    assert [(r["backend"], r["operator"]) for r in rows[:4]] == [
+        ("xla", "conv"), ("tvm", "conv"), ("xla", "Seq1"), ("tvm", "Seq1"),
+    ]  # fmt: skip
+    assert {int(r["macs"]) for r in rows if r["operator"] == "Seq3"} == {9 * 32 * 32 * 64}
+    text = (tmp_path / "sequences.txt").read_text()
+    assert "mdev, llvm" in text
+    assert "2.51 (5.60)" in text  # as published
+    assert (tmp_path / "sequences.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit) as stop:
+        sequences.main(["--layers", "nothing", f"--out={tmp_path}"])
+    assert stop.value.code == 2
+    assert "no layer is called 'nothing'" in capsys.readouterr().err
