@@ -15,8 +15,8 @@ an AMD EPYC (Zen 5, jax 0.10.2, TVM 0.27) that others were using at a load of 3 
     tvm  error 0.6 % [0.4, 0.9]    Spearman 0.998 [0.991, 0.999]    latency = 1.03 x sum of parts
     xla  error 8.5 % [5.9, 11.7]   Spearman 0.81 [0.65, 0.89]       latency = 1.82 x sum of parts - 0.72 ms
 
-Under that load XLA's networks rank like themselves in another run at 0.72 to 0.80 only (sums of parts: 0.99), so 0.81 is what noise
-allows. Picked afterwards: 23 of another run, those whose reference was undisturbed, at 0.93, with 2.3 % from 1.03 x the sum.
+Under that load XLA's networks rank like themselves in another run at 0.72 to 0.80 only (sums of parts: 0.99), so noise may
+explain 0.81. Picked afterwards: 23 of another run, those whose reference was undisturbed, at 0.93, with 2.3 % from 1.03 x the sum.
 """
 
 import csv
