@@ -218,16 +218,15 @@ def emitted(
         Value(v, tuple(a.shape), tuple(a.shape), str(a.dtype))
         for v, a in zip(arguments, arrays, strict=True)
     ]
-    refused = None
+    refused: Exception | None = None
     with builder.function("main", arguments):
         with builder.dataflow():
             try:
                 results = [
                     emitter.full(v) for v in emitter.run(closed.jaxpr, closed.consts, values)
                 ]
-            except (
-                BackendError
-            ) as error:  # raised when the builder is closed: it complains of open blocks
+            except Exception as error:
+                # Raised once the builder is closed: it complains of blocks that are left open.
                 refused, results = error, []
             made = [relax.const(v.data, v.dtype) if v.constant else v.data for v in results]
             output = builder.emit_output(made[0] if len(made) == 1 else relax.Tuple(made))
