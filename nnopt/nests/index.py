@@ -44,7 +44,7 @@ class Index(NamedTuple):
 
     def of(self, name: str) -> tuple[Term, ...]:
         """The terms of one loop."""
-        return tuple(t for t in self.terms if t.loop == name)
+        return tuple([t for t in self.terms if t.loop == name])
 
     def without(self, name: str) -> "Index":
         """The index where a loop is at zero."""
@@ -62,11 +62,18 @@ class Index(NamedTuple):
 
     def mapped(self, name: str, change: Callable[[Term], Iterable[Term]]) -> "Index":
         """The index with each term of a loop replaced."""
-        if not any(t.loop == name for t in self.terms):
+        # Plain loops: this is most of what drawing programs does.
+        for t in self.terms:
+            if t.loop == name:
+                break
+        else:
             return self
         terms: list[Term] = []
         for t in self.terms:
-            terms.extend(change(t) if t.loop == name else (t,))
+            if t.loop == name:
+                terms.extend(change(t))
+            else:
+                terms.append(t)
         return Index(self.constant, merged(terms))
 
     @property

@@ -78,7 +78,11 @@ class Nest:
 
     def uses(self, array: str, name: str) -> bool:
         """Whether the index into `x`, `y` or `k` depends on a loop."""
-        return any(t.loop == name for dim in getattr(self, array) for t in dim.at.terms)
+        for dim in getattr(self, array):
+            for term in dim.at.terms:
+                if term.loop == name:
+                    return True
+        return False
 
     def is_output(self, name: str) -> bool:
         """Whether different iterations of a loop write different elements."""
@@ -109,11 +113,11 @@ class Nest:
         new: dict[str, Any] = {}
         for array in "yxk":
             dims: tuple[Dim, ...] = getattr(self, array)
-            places = [change(array, dim) for dim in dims]
-            if any(place is not dim.at for place, dim in zip(places, dims, strict=True)):
-                new[array] = tuple(
-                    Dim(d.axis, d.size, p) for d, p in zip(dims, places, strict=True)
-                )
+            moved = [(dim, change(array, dim)) for dim in dims]
+            for dim, place in moved:
+                if place is not dim.at:
+                    new[array] = tuple([Dim(d.axis, d.size, p) for d, p in moved])
+                    break
         return dataclasses.replace(self, **new) if new else self
 
     def with_loops(
