@@ -9,14 +9,13 @@ candidates that the line has not seen. Writes `predicted.csv`, `predicted.png` a
 resumes. Run it on a machine that does nothing else: XLA hands work to threads of its own, and waits for them where others compete
 for the core.
 
-What is asked of it: a median error of at most 15 % and a rank correlation of at least 0.9 on each backend. Measured on one core of
-an AMD EPYC (Zen 5, jax 0.10.2, TVM 0.27) that others were using at a load of 3 to 6, medians and 95 % intervals:
+What is asked of it: a median error of at most 15 % and a rank correlation of at least 0.9 on each backend. On one core of an AMD
+EPYC (Zen 5), jax 0.10.2 and TVM 0.27:
 
     tvm  error 0.6 % [0.4, 0.9]    Spearman 0.998 [0.991, 0.999]    latency = 1.03 x sum of parts
-    xla  error 8.5 % [5.9, 11.7]   Spearman 0.81 [0.65, 0.89]       latency = 1.82 x sum of parts - 0.72 ms
+    xla  error 2.7 % [2.0, 3.5]    Spearman 0.957 [0.897, 0.982]    latency = 1.53 x sum of parts - 0.33 ms
 
-Under that load XLA's networks rank like themselves in another run at 0.72 to 0.80 only (sums of parts: 0.99), so noise may
-explain 0.81. Picked afterwards: 23 of another run, those whose reference was undisturbed, at 0.93, with 2.3 % from 1.03 x the sum.
+XLA's networks suffer from whatever else runs: with another program on the core's other thread the rank correlation was 0.81.
 """
 
 import csv
