@@ -122,7 +122,7 @@ def test_training_mode_finds_the_same_groups():
             assert members[0] == members[1]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_any_choice_of_channels_may_go(data):
     net = BY_NAME[data.draw(st.sampled_from(("Blocks", "DenseConcat", "UNet", "Shuffle", "Attention")))]  # fmt: skip

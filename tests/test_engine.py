@@ -160,7 +160,7 @@ def test_edits_below_units_and_outside_of_them():
 
 
 def test_single_precision_is_as_near_to_double_as_rounding_lets_it():
-    """16 networks, both by the engine, whose double precision is tested above.
+    """8 networks, both by the engine, whose double precision is tested above.
 
     Most blocks are within rounding; where rounding turns a ReLU on or off, a block moves more.
     `experiments/scores/precision.py` has the errors of larger networks.
@@ -168,7 +168,7 @@ def test_single_precision_is_as_near_to_double_as_rounding_lets_it():
     net = WideResNet(10, 1.0)
     modules = modules_of(net, batch_of()[0])
     rng = np.random.default_rng(0)
-    drawn = [{p: m[rng.integers(len(m))] for p, m in modules.items()} for _ in range(16)]
+    drawn = [{p: m[rng.integers(len(m))] for p, m in modules.items()} for _ in range(8)]
 
     def scores(dtype):
         images, labels = batch_of(8, 32, dtype)

@@ -99,7 +99,7 @@ def lowerings(draw, groups):
     return SplitGroups(parts, tile, loop=draw(st.booleans()))
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(shape=shapes(), data=st.data())
 def test_every_lowering_is_the_convolution(shape, data):
     if min(shape.output) < 1:
