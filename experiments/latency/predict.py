@@ -22,6 +22,7 @@ import csv
 import dataclasses
 import io
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
@@ -30,6 +31,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from experiments.command import run
 from nnopt.backends import backend, pinned
 from nnopt.backends.prediction import pairs
 from nnopt.backends.table import LatencyTable, SetupTimes
@@ -126,5 +128,16 @@ def picture(found: dict[str, tuple[np.ndarray, np.ndarray]], network: str) -> An
     return figure
 
 
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: arguments; those of the process by default.
+    """
+    run(
+        PredictCommand, "predict", __doc__, args, "the same command takes up where this one stopped"
+    )
+
+
 if __name__ == "__main__":
-    tyro.cli(PredictCommand, config=(tyro.conf.FlagCreatePairsOff,)).run()
+    main()

@@ -54,10 +54,10 @@ class Row:
         return self.low > 1.0
 
 
-def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """One line for each row."""
+def write_csv(path: pathlib.Path, rows: Sequence[Any]) -> None:
+    """One line for each row, which are dataclasses of one kind and at least one."""
     text = io.StringIO()
-    names = [f.name for f in dataclasses.fields(Row)]
+    names = [f.name for f in dataclasses.fields(rows[0])]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     writer.writerows(

@@ -13,7 +13,6 @@ Writes `layers.csv`, `layers.png`, `network.json` (a record that `nnopt.core.loa
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from experiments.command import run
 from experiments.operations.candidates import (
     MOST_MACS,
     Candidate,
@@ -41,8 +41,8 @@ from nnopt.cli.bars import Bars
 from nnopt.core import Example, save_record
 from nnopt.core.files import write_whole
 from nnopt.costs import macs, parameters
-from nnopt.data import cifar10, minibatch
-from nnopt.errors import BudgetError, DataError, NnoptError
+from nnopt.data import load, minibatch
+from nnopt.errors import BudgetError
 from nnopt.nests import Program
 from nnopt.search.blockswap import network_named
 
@@ -85,7 +85,7 @@ class MutateCommand:
         console = Console() if sys.stdout.isatty() else Console(width=110)
         net = network_named(self.network, 10)
         images, labels = minibatch(
-            _cifar10(self.data_dir), self.fisher_batch, jax.random.key(self.seed)
+            load("cifar10", self.data_dir), self.fisher_batch, jax.random.key(self.seed)
         )
         example = Example(images[:1], train=False)
         found = layers(net, example)
@@ -235,31 +235,15 @@ def _row(layer: Layer, candidate: Candidate, times: dict[str, float], ratio: flo
     )
 
 
-def _cifar10(data_dir: str | None) -> Any:
-    folder = data_dir or os.environ.get("NNOPT_DATA")
-    if not folder:
-        raise DataError("CIFAR-10 needs a folder: give --data-dir or set NNOPT_DATA")
-    return cifar10(folder)
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line.
 
     Args:
         args: arguments; those of the process by default.
     """
-    command = tyro.cli(MutateCommand, prog="resnet34", description=__doc__, args=args)
-    try:
-        command.run()
-    except NnoptError as error:
-        print(f"resnet34: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(
-            "resnet34: interrupted; the same command takes up where this one stopped",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    run(
+        MutateCommand, "resnet34", __doc__, args, "the same command takes up where this one stopped"
+    )
 
 
 if __name__ == "__main__":

@@ -30,10 +30,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run
+from experiments.operations.report import write_csv
 from nnopt.backends import backend, compile_network, describe_device, measure, speedup
 from nnopt.cli.bars import Bars
 from nnopt.core.files import write_whole
-from nnopt.errors import BudgetError, DataError, NnoptError
+from nnopt.errors import BudgetError, DataError
 from nnopt.nests import Program
 from nnopt.nests.module import ProgramConv
 from nnopt.nests.named import sequence1, sequence2, sequence3
@@ -93,6 +95,8 @@ class SequencesCommand:
         """Measures, writes and prints."""
         if self.repeats < 1:
             raise BudgetError(f"--repeats {self.repeats} is below 1")
+        if not self.layers:
+            raise BudgetError("--layers is empty; name one, or leave it out for all")
         if unknown := [name for name in self.layers if name not in LAYERS]:
             raise BudgetError(f"no layer is called {unknown[0]!r}; there are {', '.join(LAYERS)}")
         console = Console() if sys.stdout.isatty() else Console(width=110)
@@ -105,7 +109,7 @@ class SequencesCommand:
                 bars.advance(name)
         published = _published(self.data_dir)
         self.out.mkdir(parents=True, exist_ok=True)
-        _write(self.out / "sequences.csv", rows)
+        write_csv(self.out / "sequences.csv", rows)
         picture(rows, published).savefig(self.out / "sequences.png", dpi=130)
         text = Console(width=110, file=io.StringIO(), force_terminal=False)
         device = describe_device()
@@ -246,29 +250,13 @@ def picture(rows: Sequence[Row], published: Any) -> Any:
     return figure
 
 
-def _write(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    names = [f.name for f in dataclasses.fields(Row)]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(
-        [f"{v:.5g}" if isinstance(v := getattr(r, n), float) else v for n in names] for r in rows
-    )
-    write_whole(path, text.getvalue())
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line.
 
     Args:
         args: arguments; those of the process by default.
     """
-    command = tyro.cli(SequencesCommand, prog="sequences", description=__doc__, args=args)
-    try:
-        command.run()
-    except NnoptError as error:
-        print(f"sequences: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(SequencesCommand, "sequences", __doc__, args)
 
 
 if __name__ == "__main__":

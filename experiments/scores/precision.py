@@ -7,19 +7,17 @@ than rounding, the more the fewer images there are.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.command import run
 from nnopt.core import Example, sites
-from nnopt.errors import NnoptError
 from nnopt.networks import named
 from nnopt.rewrites.block import block_for
 from nnopt.scores.engine import Engine
@@ -103,12 +101,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: arguments; those of the process by default.
     """
-    command = tyro.cli(PrecisionCommand, prog="precision", description=__doc__, args=args)
-    try:
-        command.run()
-    except NnoptError as error:
-        print(f"precision: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(PrecisionCommand, "precision", __doc__, args)
 
 
 if __name__ == "__main__":

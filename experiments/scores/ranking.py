@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from experiments.command import run
 from experiments.scores import report
 from experiments.scores.chosen import SCORES
 from experiments.scores.correlation import spearman
@@ -28,7 +29,6 @@ from experiments.scores.nasbench201 import Cell, NASBench201
 from experiments.scores.nasbench_macro import Layers, NASBenchMacro
 from experiments.scores.scoring import Job, ResultFile, ScoredNetwork, score_all
 from experiments.scores.tables import TrainedCell, TrainedLayers, nasbench201, nasbench_macro
-from nnopt.errors import NnoptError
 from nnopt.search.workers import cores
 
 QUICK_NETWORKS = {"nasbench201": 100, "nasbench_macro": 300}
@@ -186,18 +186,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: arguments; those of the process by default.
     """
-    command = tyro.cli(RankingCommand, prog="ranking", description=__doc__, args=args)
-    try:
-        command.run()
-    except NnoptError as error:
-        print(f"ranking: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(
-            "ranking: interrupted; the same command takes up where this one stopped",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    run(
+        RankingCommand, "ranking", __doc__, args, "the same command takes up where this one stopped"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +17,8 @@ import nnopt
 from experiments.scores.weights import SharedWeights
 from nnopt.core import All, Example, rewrite
 from nnopt.core.files import write_whole
-from nnopt.data import cifar10, minibatch
-from nnopt.errors import DataError, ResultFolderError, ScoreError, SelectionError
+from nnopt.data import load, minibatch
+from nnopt.errors import ResultFolderError, ScoreError, SelectionError
 from nnopt.rewrites import LowerGroupedConvs
 from nnopt.scores import Parameters, Score, Scorer
 from nnopt.scores.network import TracedNetwork
@@ -220,7 +219,4 @@ def _is_defined(score: Score, network: TracedNetwork) -> bool:
 
 
 def _images(job: Job) -> tuple[jax.Array, jax.Array]:
-    folder = job.data_dir if job.data_dir is not None else os.environ.get("NNOPT_DATA")
-    if not folder:
-        raise DataError("CIFAR-10 needs a folder: give --data-dir or set NNOPT_DATA")
-    return minibatch(cifar10(folder), job.batch, jax.random.key(job.seed))
+    return minibatch(load("cifar10", job.data_dir), job.batch, jax.random.key(job.seed))

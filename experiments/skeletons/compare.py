@@ -14,7 +14,6 @@ import csv
 import dataclasses
 import io
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -23,6 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run
 from experiments.skeletons.families import Member, blocks_in_a_stage, check_counts
 from experiments.skeletons.pictures import curves
 from experiments.skeletons.throughput import Point, timed
@@ -30,7 +30,7 @@ from nnopt.cli.bars import Bars
 from nnopt.core import load_record
 from nnopt.core.files import write_whole
 from nnopt.data import Augmentation, load
-from nnopt.errors import NnoptError, PruneError, SearchError
+from nnopt.errors import PruneError, SearchError
 from nnopt.search.blockswap import network_named
 from nnopt.search.folders import writing_to
 from nnopt.search.pruning import PruneJob, prune_network
@@ -202,18 +202,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: arguments; those of the process by default.
     """
-    command = tyro.cli(CompareCommand, prog="compare", description=__doc__, args=args)
-    try:
-        command.run()
-    except NnoptError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(
-            "compare: interrupted; the same command takes up where this one stopped",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    run(
+        CompareCommand, "compare", __doc__, args, "the same command takes up where this one stopped"
+    )
 
 
 if __name__ == "__main__":

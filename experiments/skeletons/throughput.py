@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import io
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command import run
 from experiments.skeletons.families import PRUNED, SCHEMES, Member, check_counts, members
 from experiments.skeletons.pictures import curves
 from nnopt.backends import compile_network, measure
@@ -30,7 +30,6 @@ from nnopt.core import Example
 from nnopt.core.files import write_whole
 from nnopt.costs import macs, parameters
 from nnopt.data import load, minibatch
-from nnopt.errors import NnoptError
 from nnopt.search.blockswap import network_named
 from nnopt.search.folders import writing_to
 
@@ -226,15 +225,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: arguments; those of the process by default.
     """
-    command = tyro.cli(ThroughputCommand, prog="throughput", description=__doc__, args=args)
-    try:
-        command.run()
-    except NnoptError as error:
-        print(f"throughput: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("throughput: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    run(ThroughputCommand, "throughput", __doc__, args)
 
 
 if __name__ == "__main__":

@@ -106,3 +106,29 @@ def read_json(path: pathlib.Path, remedy: str) -> Any:
     if found is None:
         raise ResultFolderError(f"{path} is damaged: it holds null; {remedy}")
     return found
+
+
+def read_versioned(
+    path: pathlib.Path, format_name: str, version: int, remedy: str
+) -> dict[str, Any] | None:
+    """The content of a JSON file that says its format and version, or None where there is no file.
+
+    Args:
+        path: of it.
+        format_name: what its `format` is.
+        version: what its `version` is.
+        remedy: what to do where it is something else.
+
+    Raises:
+        ResultFolderError: it cannot be read, or is something else.
+    """
+    found = read_json(path, remedy)
+    if found is None:
+        return None
+    if not isinstance(found, dict) or found.get("format") != format_name:
+        raise ResultFolderError(f'{path} does not have "format": "{format_name}"; {remedy}')
+    if found.get("version") != version:
+        raise ResultFolderError(
+            f"{path} is of version {found.get('version')!r}, this nnopt reads {version}; {remedy}"
+        )
+    return found

@@ -49,7 +49,7 @@ from nnopt.rewrites import (
     inner_groups,
     largest_within,
 )
-from nnopt.search.folders import claimed, read_json, writing_to
+from nnopt.search.folders import claimed, read_versioned, writing_to
 from nnopt.search.latency import Watcher, latency_against_base
 from nnopt.training import (
     Pruner,
@@ -258,15 +258,9 @@ def _read_result(place: pathlib.Path) -> dict[str, Any] | None:
     """
     path = place / "result.json"
     remedy = "remove it, and the same command writes it again"
-    summary = read_json(path, remedy)
+    summary = read_versioned(path, FORMAT, VERSION, remedy)
     if summary is None:
         return None
-    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
-        raise ResultFolderError(f'{path} does not have "format": "{FORMAT}"; {remedy}')
-    if summary.get("version") != VERSION:
-        raise ResultFolderError(
-            f"{path} is of version {summary.get('version')!r}, this nnopt reads {VERSION}; {remedy}"
-        )
     wrong = [name for name, kind in _FIELDS.items() if not isinstance(summary.get(name), kind)]
     if "latency" not in wrong and not all(map(_is_latency, summary["latency"].values())):
         wrong.append("latency")

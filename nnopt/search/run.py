@@ -30,7 +30,7 @@ from nnopt.costs import macs, parameters
 from nnopt.errors import ResultFolderError, SearchError
 from nnopt.rewrites import save_genotype
 from nnopt.search.blockswap import BlockSwap, Problem, best, score_all
-from nnopt.search.folders import claim_folder, read_json, writing_to
+from nnopt.search.folders import claim_folder, read_versioned, writing_to
 from nnopt.search.latency import Watcher, latency_against_base
 from nnopt.search.store import ScoredCandidate, ScoreStore
 from nnopt.search.workers import default_workers
@@ -185,15 +185,9 @@ def _read_result(place: pathlib.Path) -> dict[str, Any] | None:
     """
     path = place / "result.json"
     remedy = "remove it, and the same search writes it again"
-    summary = read_json(path, remedy)
+    summary = read_versioned(path, FORMAT, VERSION, remedy)
     if summary is None:
         return None
-    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
-        raise ResultFolderError(f'{path} does not have "format": "{FORMAT}"; {remedy}')
-    if summary.get("version") != VERSION:
-        raise ResultFolderError(
-            f"{path} is of version {summary.get('version')!r}, this nnopt reads {VERSION}; {remedy}"
-        )
     missing = [part for part in _PARTS if not isinstance(summary.get(part), dict)]
     if missing:
         raise ResultFolderError(f"{path} has no {missing[0]!r}; {remedy}")
