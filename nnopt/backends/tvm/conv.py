@@ -6,12 +6,13 @@ cropped: no loop has a condition in it.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from nnopt.backends.tvm.padding import padded
 
 MAIN = "nnopt.main"
 """Annotation of the block that a schedule is for."""
@@ -197,7 +198,7 @@ def convolve(x: Any, kernel: Any, work: ConvWorkload, tile: Tile, name: str = ""
 
 def _padded(x: Any, read: Sequence[int], channels: int, work: ConvWorkload) -> Any:
     """The image with the zeros that are read, or itself if there are none."""
-    from tvm import te, tirx
+    from tvm import tirx
 
     whole = [
         lo == 0 and e == 1 and r <= n
@@ -205,34 +206,9 @@ def _padded(x: Any, read: Sequence[int], channels: int, work: ConvWorkload) -> A
     ]
     if all(whole) and channels == work.inputs:
         return x
-
-    def value(*at: Any) -> Any:
-        n, *place, c = at
-        conditions, where = [], []
-        for p, lo, e, r, size, plain in zip(
-            place, work.low, work.input_dilation, read, work.size, whole, strict=True
-        ):
-            q = p - lo
-            if not plain:
-                if lo > 0:
-                    conditions.append(q >= 0)
-                if r - lo > (size - 1) * e + 1:
-                    conditions.append(q <= (size - 1) * e)
-                if e > 1:
-                    conditions.append(tirx.indexmod(q, e) == 0)
-            where.append(q if e == 1 else tirx.indexdiv(q, e))
-        if channels > work.inputs:
-            conditions.append(c < work.inputs)
-        element = x[(n, *where, c)]
-        if not conditions:
-            return element
-        return tirx.if_then_else(
-            functools.reduce(tirx.all, conditions) if len(conditions) > 1 else conditions[0],
-            element,
-            tirx.const(0, work.dtype),
-        )
-
-    return te.compute((work.batch, *read, channels), value, name="pad")
+    shape = (work.batch, *read, channels)
+    steps = (1, *work.input_dilation, 1)
+    return padded(x, shape, (0, *work.low, 0), steps, lambda: tirx.const(0, work.dtype))
 
 
 def tiles(work: ConvWorkload, lanes: int, registers: int) -> list[Tile]:

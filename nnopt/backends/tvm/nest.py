@@ -4,7 +4,6 @@ A program has two halves. What changes the function, and what cuts loops, decide
 loop of the nest. Order and marks are the schedule: they are applied to the kernel as given, and nothing is added to them.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from jax.extend.core import Primitive
 from nnopt.backends.tvm.conv import MAIN
 from nnopt.backends.tvm.emit import Emitter, rule
 from nnopt.backends.tvm.given import axes
+from nnopt.backends.tvm.padding import all_of, padded
 from nnopt.backends.tvm.values import Value
 from nnopt.errors import BackendError
 from nnopt.nests import Nest, Operator
@@ -157,10 +157,7 @@ def _products(
             places[dim.axis] = places[dim.axis] * dim.size + place
         read = image[(n, *places)]
         if conditions:
-            inside = (
-                functools.reduce(tirx.all, conditions) if len(conditions) > 1 else conditions[0]
-            )
-            read = tirx.if_then_else(inside, read, tirx.const(0, x.dtype))
+            read = tirx.if_then_else(all_of(conditions), read, tirx.const(0, x.dtype))
         weight = kernel[
             tuple(_at(dim.at, values) - low for dim, low in zip(nest.k, lows, strict=True))
         ]
@@ -177,7 +174,7 @@ def _padded(nest: Nest, operator: Operator, x: Any, batch: int) -> tuple[Any, di
 
     Dimensions that are digits of one axis have no place for zeros between them: their reads are tested.
     """
-    from tvm import te, tirx
+    from tvm import tirx
 
     axis_of = [dim.axis for dim in nest.x]
     alone = [i for i, dim in enumerate(nest.x) if axis_of.count(dim.axis) == 1]
@@ -191,18 +188,9 @@ def _padded(nest: Nest, operator: Operator, x: Any, batch: int) -> tuple[Any, di
     if tuple(shape) == operator.input:
         return x, shift
 
-    def value(n: Any, *at: Any) -> Any:
-        conditions, where = [], []
-        for place, before, size, whole in zip(at, low, operator.input, shape, strict=True):
-            if before:
-                conditions.append(place >= before)
-            if whole > before + size:
-                conditions.append(place < before + size)
-            where.append(place - before)
-        inside = functools.reduce(tirx.all, conditions) if len(conditions) > 1 else conditions[0]
-        return tirx.if_then_else(inside, x[(n, *where)], tirx.const(0, x.dtype))
-
-    return te.compute((batch, *shape), value, name="pad"), shift
+    steps = [1] * (1 + len(shape))
+    made = padded(x, (batch, *shape), (0, *low), steps, lambda: tirx.const(0, x.dtype))
+    return made, shift
 
 
 def _written(nest: Nest, operator: Operator, at: Sequence[Any]) -> tuple[dict[str, Any], Any]:
@@ -225,7 +213,7 @@ def _written(nest: Nest, operator: Operator, at: Sequence[Any]) -> tuple[dict[st
                 loops[term.loop] = loops[term.loop] + found * term.divisor
                 again = again + found * term.coefficient
             conditions.append(again == digit)
-    return loops, functools.reduce(tirx.all, conditions) if len(conditions) > 1 else conditions[0]
+    return loops, all_of(conditions)
 
 
 def _at(index: Any, values: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from nnopt.backends.tvm.emit import Emitter, rule
+from nnopt.backends.tvm.padding import padded
 from nnopt.backends.tvm.values import Value
 
 
@@ -177,33 +178,18 @@ def _unstack(emitter: Emitter, equation: Any, values: list[Value]) -> list[Value
 @rule("pad")
 def _pad(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     """Between elements too, and cut off where the padding is below zero."""
-    from tvm import te, tirx
+    from tvm import tirx
 
     value, fill = emitter.full(values[0]), values[1]
     config = equation.params["padding_config"]
     shape = tuple(equation.outvars[0].aval.shape)
 
     def expression(x: Any, *fills: Any) -> Any:
-        def element(*at: Any) -> Any:
-            where, conditions = [], []
-            for i, (low, _, interior), size, whole in zip(
-                at, config, value.shape, shape, strict=True
-            ):
-                step, place = interior + 1, i - low
-                if low > 0:
-                    conditions.append(place >= 0)
-                if whole - low > (size - 1) * step + 1:
-                    conditions.append(place <= (size - 1) * step)
-                if step > 1:
-                    conditions.append(tirx.indexmod(place, step) == 0)
-                where.append(place if step == 1 else tirx.indexdiv(place, step))
-            if not conditions:
-                return x[tuple(where)]
-            inside = conditions[0] if len(conditions) == 1 else tirx.all(*conditions)
-            outside = fills[0]() if fills else tirx.const(fill.data.item(), value.dtype)
-            return tirx.if_then_else(inside, x[tuple(where)], outside)
+        def outside() -> Any:
+            return fills[0]() if fills else tirx.const(fill.data.item(), value.dtype)
 
-        return te.compute(shape, element, name="pad")
+        low, steps = [c[0] for c in config], [1 + c[2] for c in config]
+        return padded(x, shape, low, steps, outside)
 
     operands = [value] if fill.constant else [value, fill]
     return emitter.te(expression, operands, shape, value.dtype, name="pad")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nnopt.backends.tvm.emit import Emitter, rule
+from nnopt.backends.tvm.padding import padded
 from nnopt.backends.tvm.scalars import equal, greater, highest, is_nan, lesser, lowest
 from nnopt.backends.tvm.values import Value
 
@@ -162,26 +163,7 @@ def _windows(
             for n, s, w, d in zip(shape, strides, window, dilation, strict=True)
         ]
         if any(lo or hi for lo, hi in padding) or any(b > 1 for b in base):
-
-            def padded(*at: Any) -> Any:
-                where, conditions = [], []
-                for i, (lo, _), b, size, whole in zip(
-                    at, padding, base, value.shape, read, strict=True
-                ):
-                    place = i - lo
-                    if lo > 0:
-                        conditions.append(place >= 0)
-                    if whole - lo > (size - 1) * b + 1:
-                        conditions.append(place <= (size - 1) * b)
-                    if b > 1:
-                        conditions.append(tirx.indexmod(place, b) == 0)
-                    where.append(place if b == 1 else tirx.indexdiv(place, b))
-                if not conditions:
-                    return x[tuple(where)]
-                inside = conditions[0] if len(conditions) == 1 else tirx.all(*conditions)
-                return tirx.if_then_else(inside, x[tuple(where)], outside)
-
-            source = te.compute(tuple(read), padded, name="pad")
+            source = padded(x, read, [lo for lo, _ in padding], base, lambda: outside)
 
         def element(*at: Any) -> Any:
             where = tuple(
