@@ -21,6 +21,7 @@ pytest.importorskip("tornado")
 from nnopt.backends import XlaBackend, measure
 from nnopt.backends.compiled import compile_network
 from nnopt.backends.tvm import Remote, TvmBackend
+from nnopt.backends.tvm.remote import Device
 from nnopt.errors import BackendError
 
 HERE = "127.0.0.1"
@@ -187,6 +188,29 @@ def test_session_that_is_over(device):
     with pytest.raises(BackendError, match="ended the session"):
         first.timer(1, False)
     assert compiled(Remote(HERE, device)).outputs()["sum"].shape == (2,)
+
+
+class Session:
+    """What is asked of a dead one fails with whatever is left in its connection."""
+
+    def __init__(self, dead):
+        self.dead = dead
+
+    def get_function(self, name):
+        return self
+
+    def __call__(self):
+        if self.dead:
+            raise TypeError("Cannot convert from type `void*` to `int`")
+        return 2
+
+
+def test_errors_of_the_session_and_of_the_code_are_told_apart():
+    error = TypeError("Cannot convert from type `void*` to `int`")
+    dead, live = (Device(Remote(HERE, 9090), Session(dead)) for dead in (True, False))
+    assert "ended the session" in str(dead.lost(error))
+    assert "failed: Cannot convert" in str(live.lost(error))
+    assert "ended the session" in str(live.lost(RuntimeError("RPCError: channel is closed")))
 
 
 def test_device_lacks_what_the_target_needs(device):

@@ -27,6 +27,7 @@ from nnopt.errors import BackendError
 T = TypeVar("T")
 _REACH_SECONDS = 4.0
 """Within which a host has to accept a connection, and a tracker to answer."""
+_THREADS = "runtime.NumThreads"
 _FLUSHED_BYTES = 64 << 20
 """Written before a call with cold caches: more than the caches of a core hold."""
 
@@ -84,7 +85,7 @@ class Device:
     @property
     def threads(self) -> int:
         """That its parallel loops are spread over; 1 if it does not say."""
-        return int(self._asked("runtime.NumThreads") or 1)
+        return int(self._asked(_THREADS) or 1)
 
     @property
     def cpu(self) -> str | None:
@@ -114,17 +115,27 @@ class Device:
             "remote": self.remote.address,
         }
 
+    @property
+    def alive(self) -> bool:
+        """Whether the session still answers, be it that it has no such function."""
+        try:
+            return int(self.session.get_function(_THREADS)()) > 0
+        except AttributeError:
+            return True
+        except Exception:  # of a kind that depends on TVM's version and on the server
+            return False
+
     def _asked(self, name: str) -> Any:
         try:
             return self.session.get_function(name)()
-        except Exception as error:  # of a kind that depends on TVM's version and on the server
-            if _over(error):
+        except Exception as error:  # as above
+            if self._ended(error):
                 raise self.lost(error) from error
             return None
 
     def lost(self, error: Exception) -> BackendError:
         """One line for an error of the device."""
-        if _over(error):
+        if self._ended(error):
             return BackendError(
                 f"remote: {self.remote.address} ended the session, which it keeps for {self.remote.session_timeout:g} s at most, "
                 "or its process died; compile again, with a longer session_timeout if need be"
@@ -132,10 +143,10 @@ class Device:
         line = next((x.strip() for x in reversed(str(error).splitlines()) if x.strip()), "")
         return BackendError(f"remote: {self.remote.address} failed: {line:.300}")
 
-
-def _over(error: Exception) -> bool:
-    words = ("sessiontimeout", "rpccode", "connection", "shutdown", "socket", "channel", "broken pipe", "recv")  # fmt: skip
-    return any(word in str(error).lower() for word in words)
+    def _ended(self, error: Exception) -> bool:
+        """By the error's words, or if they don't tell: a call to a session that is over can fail with what an earlier one left."""
+        words = ("sessiontimeout", "rpccode", "connection", "shutdown", "socket", "channel", "broken pipe", "recv")  # fmt: skip
+        return any(word in str(error).lower() for word in words) or not self.alive
 
 
 _DEVICES: "weakref.WeakValueDictionary[str, Device]" = weakref.WeakValueDictionary()
@@ -152,11 +163,9 @@ def device_of(remote: Remote) -> Device:
     tvm()
     known = _DEVICES.get(remote.address)
     if known is not None:
-        try:
-            known.session.get_function("runtime.NumThreads")()
+        if known.alive:
             return known
-        except Exception:  # it timed out or died, and a new one is as good
-            _DEVICES.pop(remote.address, None)
+        _DEVICES.pop(remote.address, None)  # it timed out or died, and a new one is as good
     gc.collect()  # TVM's virtual machines are parts of cycles: a session that nobody needs may not have ended yet
     _reach(remote)
     session = _tracked(remote) if remote.key is not None else _direct(remote)
