@@ -38,9 +38,9 @@ from tvm_ffi import structural_equal  # noqa: E402
 
 from nnopt.backends.tvm import TvmBackend  # noqa: E402
 from nnopt.backends.tvm.backend import emitted, fused  # noqa: E402
-from nnopt.backends.tvm.conv import tiles  # noqa: E402
 from nnopt.backends.tvm.nest import expression  # noqa: E402
 from nnopt.backends.tvm.schedule import replay, schedule, trace_json  # noqa: E402
+from nnopt.backends.tvm.tiles import tiles  # noqa: E402
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 16), jnp.float32)
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnopt.backends.tvm import tune
-from nnopt.backends.tvm.conv import ConvWorkload, Tile, pack, tiles
+from nnopt.backends.tvm.conv import ConvWorkload, Tile, pack
+from nnopt.backends.tvm.tiles import tiles
 from nnopt.backends.tvm.tune import CANDIDATES, TileCache, searched
 from nnopt.errors import BackendError
 

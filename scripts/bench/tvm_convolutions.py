@@ -38,9 +38,9 @@ class Bench:
 
     def run(self) -> None:
         """Compiles, measures and prints."""
-        from nnopt.backends.tvm.conv import tiles
         from nnopt.backends.tvm.kernels import build_conv, multiply_adds
         from nnopt.backends.tvm.targets import target_of, vectors
+        from nnopt.backends.tvm.tiles import tiles
         from nnopt.backends.tvm.tune import TileCache, default_cache, searched
         from nnopt.cli.bars import Bars
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nnopt.backends.compiled import Compiled
-from nnopt.backends.tvm.conv import ConvWorkload, Tile, tiles
+from nnopt.backends.tvm.conv import ConvWorkload, Tile
 from nnopt.backends.tvm.deep import tuned
 from nnopt.backends.tvm.emit import Emitter, load_rules
 from nnopt.backends.tvm.gpu import scheduled_for_gpu, whole
@@ -23,6 +23,7 @@ from nnopt.backends.tvm.nest import as_given
 from nnopt.backends.tvm.remote import Device, Remote, device_of, placed
 from nnopt.backends.tvm.schedule import Work, schedule, trace_json
 from nnopt.backends.tvm.targets import cpu_of, hindrance, is_gpu, target_of, target_text, vectors
+from nnopt.backends.tvm.tiles import tiles
 from nnopt.backends.tvm.tune import CANDIDATES, TileCache, default_cache, searched
 from nnopt.backends.tvm.values import Value
 from nnopt.backends.xla import describe_device

@@ -96,20 +96,28 @@ class Tile:
         lanes: output channels in a vector.
         vectors: of them side by side.
         pixels: output elements along each spatial axis.
+        across: groups whose output channels share a vector.
+        unrolled: the reduction is, with everything in registers that several products need: see `nnopt.backends.tvm.patch`.
     """
 
     lanes: int
     vectors: int
     pixels: tuple[int, ...]
+    across: int = 1
+    unrolled: bool = False
 
     @property
     def accumulators(self) -> int:
         """Vector registers for results."""
         return self.vectors * math.prod(self.pixels)
 
+    def apart(self, work: ConvWorkload) -> int:
+        """Groups that begin with a vector of their own."""
+        return 1 if self.across > 1 else work.groups
+
     def rounded(self, work: ConvWorkload) -> tuple[tuple[int, ...], int]:
-        """Spatial size and channels of a group (all channels if depthwise), in full tiles."""
-        channels = work.outputs if work.depthwise else work.outputs // work.groups
+        """Spatial size and channels of a group (all channels where vectors run across groups), in full tiles."""
+        channels = work.outputs // self.apart(work)
         size = tuple(_up(n, p) for n, p in zip(work.output, self.pixels, strict=True))
         return size, _up(channels, self.lanes * self.vectors)
 
@@ -130,8 +138,7 @@ def pack(kernel: np.ndarray, work: ConvWorkload, tile: Tile) -> np.ndarray:
         `[padded outputs / lanes, *window, inputs / groups, lanes]`, zeros for channels that there are not.
     """
     _, channels = tile.rounded(work)
-    groups = 1 if work.depthwise else work.groups
-    split = kernel.reshape(*kernel.shape[:-1], groups, -1)
+    split = kernel.reshape(*kernel.shape[:-1], tile.apart(work), -1)
     missing = channels - split.shape[-1]
     split = np.pad(split, [(0, 0)] * (split.ndim - 1) + [(0, missing)])
     blocks = split.reshape(*kernel.shape[:-1], -1, tile.lanes)
@@ -155,15 +162,16 @@ def convolve(x: Any, kernel: Any, work: ConvWorkload, tile: Tile, name: str = ""
 
     rank = len(work.size)
     size, channels = tile.rounded(work)
-    groups = 1 if work.depthwise else work.groups
+    groups = tile.apart(work)
     read = tuple(
         (n - 1) * s + (k - 1) * d + 1
         for n, s, k, d in zip(size, work.strides, work.window, work.dilation, strict=True)
     )
-    image = _padded(x, read, channels if work.depthwise else work.inputs, work)
-    each = work.inputs // work.groups
+    each, per_group = work.inputs // work.groups, work.outputs // work.groups
+    across = tile.across > 1
+    image = _padded(x, read, channels // per_group * each if across else work.inputs, work)
     window = [te.reduce_axis((0, k), f"k{a}") for a, k in enumerate(work.window)]
-    inner = [] if work.depthwise else [te.reduce_axis((0, each), "ci")]
+    inner = te.reduce_axis((0, each), "ci")
 
     def product(*at: Any) -> Any:
         n, *place, co = at
@@ -171,10 +179,9 @@ def convolve(x: Any, kernel: Any, work: ConvWorkload, tile: Tile, name: str = ""
             p * s + k * d
             for p, s, k, d in zip(place, work.strides, window, work.dilation, strict=True)
         ]
-        first = 0 if groups == 1 else co // channels * each
-        ci = co if work.depthwise else first + inner[0]
-        weight = kernel[(co // tile.lanes, *window, inner[0] if inner else 0, co % tile.lanes)]
-        return te.sum(image[(n, *where, ci)] * weight, axis=[*window, *inner])
+        group = co // per_group if across else co // channels if groups > 1 else 0
+        weight = kernel[(co // tile.lanes, *window, inner, co % tile.lanes)]
+        return te.sum(image[(n, *where, group * each + inner)] * weight, axis=[*window, inner])
 
     made = te.compute(
         (work.batch, *size, groups * channels),
@@ -185,7 +192,6 @@ def convolve(x: Any, kernel: Any, work: ConvWorkload, tile: Tile, name: str = ""
     )
     if (*size, groups * channels) == (*work.output, work.outputs):
         return made
-    per_group = work.outputs // groups
 
     def cropped(*at: Any) -> Any:
         *place, co = at
@@ -209,43 +215,3 @@ def _padded(x: Any, read: Sequence[int], channels: int, work: ConvWorkload) -> A
     shape = (work.batch, *read, channels)
     steps = (1, *work.input_dilation, 1)
     return padded(x, shape, (0, *work.low, 0), steps, lambda: tirx.const(0, work.dtype))
-
-
-def tiles(work: ConvWorkload, lanes: int, registers: int) -> list[Tile]:
-    """Tiles that may be fast, the best by a simple model first.
-
-    The model counts the cycles of one step of the reduction, of a core that does two products and two loads in each: those of
-    products, loads of weights and inputs, and the latency of a product, whichever is most; and the work on what is cropped.
-
-    Args:
-        work: the convolution.
-        lanes: elements in a vector register.
-        registers: number of them.
-    """
-    channels = work.outputs if work.depthwise else work.outputs // work.groups
-    lanes = min(lanes, 1 << (channels - 1).bit_length())
-    found = []
-    for pixels in _products(work.output, registers):
-        for vectors in (1, 2, 3, 4, 6, 8):
-            tile = Tile(lanes, vectors, pixels)
-            if tile.accumulators > registers - 4 or (vectors - 1) * lanes >= channels:
-                continue
-            size, padded = tile.rounded(work)
-            steps = math.prod(size) // math.prod(pixels) * padded // (lanes * vectors)
-            count = math.prod(pixels)
-            inputs = tile.accumulators if work.depthwise else count
-            cycles = max(tile.accumulators / 2, 4, (vectors + inputs) / 2)
-            # A weight that serves few pixels is loaded often, from farther away; many accumulators leave few registers for it.
-            cost = steps * cycles * (1 + 0.3 / count + 0.004 * max(0, tile.accumulators - 16))
-            found.append((cost, -tile.accumulators, abs(pixels[0] - pixels[-1]), tile))
-    return [tile for *_, tile in sorted(found, key=lambda f: f[:3])]
-
-
-def _products(size: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    if not size:
-        return [()]
-    return [
-        (n, *rest)
-        for n in range(1, min(size[0], most) + 1)
-        for rest in _products(size[1:], most // n)
-    ]

@@ -236,7 +236,7 @@ class Emitter:
         shape = (work.batch, *work.output, work.outputs)
         tile = self.tile(work)
         _, channels = tile.rounded(work)
-        groups = 1 if work.depthwise else work.groups
+        groups = tile.apart(work)
         each = work.outputs // groups
         blocks = groups * channels // tile.lanes
         packed_shape = (blocks, *kernel.shape[:-1], tile.lanes)

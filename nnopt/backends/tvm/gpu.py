@@ -10,8 +10,8 @@ from nnopt.errors import BackendError
 
 def whole(work: ConvWorkload) -> Tile:
     """The tile with which a kernel is not packed: all channels of a group stay side by side, and nothing is cropped."""
-    channels = work.outputs if work.depthwise else work.outputs // work.groups
-    return Tile(channels, 1, (1,) * len(work.output))
+    across = work.groups if work.depthwise else 1
+    return Tile(across * work.outputs // work.groups, 1, (1,) * len(work.output), across)
 
 
 def scheduled_for_gpu(module: Any, works: Mapping[str, Work], target: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from nnopt.backends.tvm.conv import MAIN, ConvWorkload, Tile
 from nnopt.backends.tvm.given import schedule_as_given
+from nnopt.backends.tvm.patch import Patch, register, register_named
 from nnopt.nests import Nest
 
 _LEAST_PARALLEL = 1 << 14
@@ -83,6 +84,7 @@ def replay(function: Any, trace: str) -> Any:
     from tvm import s_tir
 
     sch = s_tir.Schedule(tvm.IRModule({"main": function}))
+    register_named(trace)
     s_tir.schedule.Trace.apply_json_to_schedule(json.loads(trace), sch)
     return sch
 
@@ -126,7 +128,11 @@ def _convolution(
     # The operand that is larger is read once: its loop is the outer one.
     weights_first = work.weight_bytes > work.image_bytes
     order = [blocks_of, *first] if weights_first else [*first, blocks_of]
-    sch.reorder(*order, *reduction, *inner, vectors, vector)
+    rest = [*reduction, *inner, vectors, vector]
+    if tile.unrolled:  # as its code has them: loops of one pass are none of its own
+        once = [loop for loop in rest if int(sch.get(loop).extent) == 1]
+        rest = [*once, *(loop for loop in rest if loop not in once)]
+    sch.reorder(*order, *rest)
     if threads > 1:
         lead, count = [], 1
         for loop in order[:-1]:
@@ -143,14 +149,17 @@ def _convolution(
     sch.vectorize(split[-1])
     for loop in (*inside[1:-1], split[0]):
         sch.unroll(loop)
-    for loop in (*inner, vectors):
-        sch.unroll(loop)
-    sch.vectorize(vector)
-    init = sch.decompose_reduction(conv, reduction[0])
-    *rest, lane = sch.get_loops(init)[-(rank + 2) :]
+    if not tile.unrolled:
+        for loop in (*inner, vectors):
+            sch.unroll(loop)
+        sch.vectorize(vector)
+    init = sch.decompose_reduction(conv, rest[0])
+    *others, lane = sch.get_loops(init)[-(rank + 2) :]
     sch.vectorize(lane)
-    for loop in rest:
+    for loop in others:
         sch.unroll(loop)
+    if tile.unrolled:
+        sch.tensorize(rest[len(once)], register(Patch.of(work, tile)))
     for block in before:
         # Not inlined: the products would be tested one by one.
         _vectorized(sch, block, threads, lanes)

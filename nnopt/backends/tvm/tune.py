@@ -14,8 +14,9 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from nnopt.backends.tvm.conv import ConvWorkload, Tile, tiles
+from nnopt.backends.tvm.conv import ConvWorkload, Tile
 from nnopt.backends.tvm.kernels import build_conv
+from nnopt.backends.tvm.tiles import tiles
 from nnopt.errors import BackendError
 
 CANDIDATES = 12
@@ -64,8 +65,8 @@ class TileCache:
         )
         made = {}
         for text, ratio in found:
-            lanes, vectors, pixels = json.loads(text).values()
-            made[Tile(lanes, vectors, tuple(pixels))] = float(ratio)
+            values = json.loads(text)
+            made[Tile(**values | {"pixels": tuple(values["pixels"])})] = float(ratio)
         return made
 
     def add(
