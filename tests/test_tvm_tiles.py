@@ -53,16 +53,18 @@ def test_common_convolutions_get_eight_pixels_of_two_vectors():
         assert (best.lanes, best.vectors, math.prod(best.pixels)) == (16, 2, 8)
 
 
-@pytest.mark.parametrize(("groups", "outputs"), [(1, 5), (2, 12), (16, 16)])
-def test_packed_kernels_hold_every_weight_once(groups, outputs):
+@pytest.mark.parametrize(
+    ("groups", "outputs", "across"), [(1, 5, 1), (2, 12, 1), (16, 16, 4), (8, 16, 2), (4, 4, 4)]
+)
+def test_packed_kernels_hold_every_weight_once(groups, outputs, across):
     work = dataclasses.replace(CONV, outputs=outputs, groups=groups)
     kernel = 1.0 + np.arange(9 * 16 // groups * outputs).reshape(3, 3, 16 // groups, outputs)
-    tile = Tile(4, 2, (2, 2))
+    tile = Tile(4, 2, (2, 2), across)
     packed = pack(kernel, work, tile)
     assert packed.shape[1:] == (3, 3, 16 // groups, 4)
     assert sorted(packed[packed != 0]) == sorted(kernel.ravel())
     _, channels = tile.rounded(work)
-    each = outputs if work.depthwise else outputs // groups
+    each = outputs // tile.apart(work)
     for c in range(outputs):
         place = c // each * channels + c % each
         np.testing.assert_array_equal(packed[place // 4, ..., place % 4], kernel[..., c])

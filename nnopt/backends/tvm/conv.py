@@ -66,6 +66,11 @@ class ConvWorkload:
         return self.groups == self.inputs == self.outputs and self.groups > 1
 
     @property
+    def surrounded(self) -> bool:
+        """Whether there are zeros around the image, or in it."""
+        return any(self.low) or any(self.high) or any(e > 1 for e in self.input_dilation)
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates, those with padding counted."""
         return (

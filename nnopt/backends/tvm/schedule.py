@@ -127,7 +127,7 @@ def _convolution(
     extent = {id(loop): int(sch.get(loop).extent) for loop in [*first, blocks_of]}
     # The operand that is larger is read once: its loop is the outer one.
     weights_first = work.weight_bytes > work.image_bytes
-    order = [blocks_of, *first] if weights_first else [*first, blocks_of]
+    order = [blocks_of, *first] if weights_first or tile.unrolled else [*first, blocks_of]
     rest = [*reduction, *inner, vectors, vector]
     if tile.unrolled:  # as its code has them: loops of one pass are none of its own
         once = [loop for loop in rest if int(sch.get(loop).extent) == 1]
@@ -153,6 +153,8 @@ def _convolution(
         for loop in (*inner, vectors):
             sch.unroll(loop)
         sch.vectorize(vector)
+    if tile.unrolled:
+        before = [block for block in before if not _at_tile(sch, block, conv, last, tile)]
     init = sch.decompose_reduction(conv, rest[0])
     *others, lane = sch.get_loops(init)[-(rank + 2) :]
     sch.vectorize(lane)
@@ -163,6 +165,24 @@ def _convolution(
     for block in before:
         # Not inlined: the products would be tested one by one.
         _vectorized(sch, block, threads, lanes)
+
+
+def _at_tile(sch: Any, block: Any, conv: Any, loop: Any, tile: Tile) -> bool:
+    """Zeros around what one tile reads, in the nearest cache; made for all of the image they take as long as the products.
+
+    Returns:
+        Whether the block is such zeros.
+    """
+    if not any(sch.get(b).same_as(sch.get(conv)) for b in sch.get_consumers(block)):
+        return False
+    if len(_extents(sch, block, "spatial")) != len(tile.pixels) + 2:  # a kernel that is packed here
+        return False
+    sch.compute_at(block, loop)
+    *_, channel = sch.get_loops(block)
+    if int(sch.get(channel).extent) % tile.lanes == 0:
+        channel = sch.split(channel, [None, tile.lanes])[-1]
+    sch.vectorize(channel)
+    return True
 
 
 def _nests(

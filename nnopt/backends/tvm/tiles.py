@@ -1,6 +1,7 @@
 """Which tiles of a convolution may be fast on a CPU, the best by a simple model first.
 
-The model counts the cycles of a core that does two vector operations and two loads in each. There are three kinds of tile:
+The model counts the cycles of a core that does two vector operations and two loads in each: those of products, of zeros around the
+image, and of results. There are three kinds of tile:
 
 - vectors of one group's channels, the reduction in loops. Groups that fill half a vector waste the other half;
 - vectors across groups of a depthwise convolution, the reduction in loops: each product loads its own input;
@@ -17,6 +18,9 @@ from nnopt.backends.tvm.patch import Patch
 
 _MOST_PRODUCTS = 3000
 """That are unrolled: code beyond that is slow to compile, and no part of it is in a cache for long."""
+
+_STACK_BYTES = 1024
+"""From which on TVM takes an array from the heap, where LLVM can't make registers of it."""
 
 
 def tiles(work: ConvWorkload, lanes: int, registers: int) -> list[Tile]:
@@ -43,6 +47,7 @@ def _looped(work: ConvWorkload, lanes: int, registers: int) -> Iterator[tuple[Ti
     channels = across * work.outputs // work.groups
     lanes = min(lanes, 1 << (channels - 1).bit_length())
     reduction = math.prod(work.window) * work.inputs // work.groups
+    zeros = 3 * work.image_bytes / (4 * lanes) if work.surrounded else 0.0
     for pixels in _products(work.output, registers):
         for vectors in (1, 2, 3, 4, 6, 8):
             tile = Tile(lanes, vectors, pixels, min(across, lanes))
@@ -51,9 +56,11 @@ def _looped(work: ConvWorkload, lanes: int, registers: int) -> Iterator[tuple[Ti
             count = math.prod(pixels)
             inputs = tile.accumulators if work.depthwise else count
             cycles = max(tile.accumulators / 2, 4, (vectors + inputs) / 2)
+            if work.depthwise:  # loops over the window alone are short
+                cycles += 2
             # A weight that serves few pixels is loaded often, from farther away; many accumulators leave few registers for it.
             cycles *= 1 + 0.3 / count + 0.004 * max(0, tile.accumulators - 16)
-            yield tile, reduction * _passes(work, tile) * cycles
+            yield tile, _passes(work, tile) * (reduction * cycles + _results(work, tile)) + zeros
 
 
 def _unrolled(work: ConvWorkload, lanes: int, registers: int) -> Iterator[tuple[Tile, float]]:
@@ -70,10 +77,19 @@ def _unrolled(work: ConvWorkload, lanes: int, registers: int) -> Iterator[tuple[
         if tile.accumulators > registers - 8 or patch.products > _MOST_PRODUCTS:
             continue
         spreads = 0 if patch.plain else patch.reads
-        operations = max((patch.products + spreads) / 2, (patch.reads + patch.weights) / 2)
-        # Results are begun, finished and stored; a chain of products on each of them has its latency.
-        cycles = max(operations, 4 * patch.products / tile.accumulators) + 2 * tile.accumulators
+        operations = (patch.products + spreads) / 2, (patch.reads + patch.weights) / 2
+        latency = 4 * patch.products / tile.accumulators
+        zeros = 1.5 * math.prod(patch.size) if work.surrounded else 0.0
+        cycles = max(*operations, latency) + zeros + _results(work, tile)
         yield tile, _passes(work, tile) * cycles
+
+
+def _results(work: ConvWorkload, tile: Tile) -> float:
+    """Cycles that it takes to begin, finish and store those of a pass."""
+    size, channels = tile.rounded(work)
+    even = size == work.output and channels * tile.apart(work) == work.outputs
+    heap = tile.accumulators * tile.lanes * 4 >= _STACK_BYTES
+    return tile.accumulators * (2 if even else 6) + 40 * heap
 
 
 def _passes(work: ConvWorkload, tile: Tile) -> int:
