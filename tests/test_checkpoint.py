@@ -174,7 +174,10 @@ again = load_checkpoint({str(folder)!r}, WideResNet(), tree)
 assert again["w"].sharding == sharding
 assert again["w"].tolist() == tree["w"].tolist()
 """
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
+    }
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True
     )

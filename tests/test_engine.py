@@ -344,7 +344,10 @@ assert [e.statistics.evaluations for e in scorer.engines] == [3 + 3 + 5, 2 + 2]
 
 
 def test_two_devices():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
+    }
     code = DEVICES.format(tests=str(pathlib.Path(__file__).parent))
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 

@@ -102,7 +102,7 @@ class Tile:
         vectors: of them side by side.
         pixels: output elements along each spatial axis.
         across: groups whose output channels share a vector.
-        unrolled: the reduction is, with everything in registers that several products need: see `nnopt.backends.tvm.patch`.
+        unrolled: the reduction is, with everything in registers that several products need: see `nnopt.backends.tvm.microkernel`.
     """
 
     lanes: int

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from nnopt.backends.tvm.conv import MAIN, ConvWorkload, Tile
 from nnopt.backends.tvm.given import schedule_as_given
-from nnopt.backends.tvm.patch import Patch, register, register_named
+from nnopt.backends.tvm.microkernel import Microkernel, register, register_named
 from nnopt.nests import Nest
 
 _LEAST_PARALLEL = 1 << 14
@@ -161,7 +161,7 @@ def _convolution(
     for loop in others:
         sch.unroll(loop)
     if tile.unrolled:
-        sch.tensorize(rest[len(once)], register(Patch.of(work, tile)))
+        sch.tensorize(rest[len(once)], register(Microkernel.of(work, tile)))
     for block in before:
         # Not inlined: the products would be tested one by one.
         _vectorized(sch, block, threads, lanes)

@@ -5,7 +5,7 @@ image, and of results. There are three kinds of tile:
 
 - vectors of one group's channels, the reduction in loops. Groups that fill half a vector waste the other half;
 - vectors across groups of a depthwise convolution, the reduction in loops: each product loads its own input;
-- vectors across groups, the reduction unrolled (`nnopt.backends.tvm.patch`): inputs are loaded, and spread over the lanes of their
+- vectors across groups, the reduction unrolled (`nnopt.backends.tvm.microkernel`): inputs are loaded, and spread over the lanes of their
   groups, once for all the products of a tile that need them.
 """
 
@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from nnopt.backends.tvm.conv import ConvWorkload, Tile
-from nnopt.backends.tvm.patch import Patch
+from nnopt.backends.tvm.microkernel import Microkernel
 
 _MOST_PRODUCTS = 3000
 """That are unrolled: code beyond that is slow to compile, and no part of it is in a cache for long."""
@@ -73,13 +73,13 @@ def _unrolled(work: ConvWorkload, lanes: int, registers: int) -> Iterator[tuple[
         return
     for pixels in _products(work.output, registers):
         tile = Tile(lanes, 1, pixels, across, unrolled=True)
-        patch = Patch.of(work, tile)
-        if tile.accumulators > registers - 8 or patch.products > _MOST_PRODUCTS:
+        kernel = Microkernel.of(work, tile)
+        if tile.accumulators > registers - 8 or kernel.products > _MOST_PRODUCTS:
             continue
-        spreads = 0 if patch.plain else patch.reads
-        operations = (patch.products + spreads) / 2, (patch.reads + patch.weights) / 2
-        latency = 4 * patch.products / tile.accumulators
-        zeros = 1.5 * math.prod(patch.size) if work.surrounded else 0.0
+        spreads = 0 if kernel.plain else kernel.reads
+        operations = (kernel.products + spreads) / 2, (kernel.reads + kernel.weights) / 2
+        latency = 4 * kernel.products / tile.accumulators
+        zeros = 1.5 * math.prod(kernel.size) if work.surrounded else 0.0
         cycles = max(*operations, latency) + zeros + _results(work, tile)
         yield tile, _passes(work, tile) * cycles
 

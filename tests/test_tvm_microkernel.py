@@ -12,7 +12,7 @@ tvm = pytest.importorskip("tvm", reason="needs TVM: pip install 'nnopt[tvm]'")
 from tvm import s_tir, te  # noqa: E402
 from tvm_ffi import structural_equal  # noqa: E402
 
-from nnopt.backends.tvm import patch  # noqa: E402
+from nnopt.backends.tvm import microkernel  # noqa: E402
 from nnopt.backends.tvm.conv import ConvWorkload, convolve, pack  # noqa: E402
 from nnopt.backends.tvm.kernels import build_conv  # noqa: E402
 from nnopt.backends.tvm.schedule import replay, schedule, trace_json  # noqa: E402
@@ -73,10 +73,10 @@ def test_schedules_of_shared_vectors_replay():
     k = te.placeholder(pack(np.zeros((3, 3, 2, 16)), work, tile).shape, "float32", name="k")
     function = te.create_prim_func([x, k, convolve(x, k, work, tile, "conv")])
     made = schedule(function, {"conv": (work, tile)}, 1, 16)
-    named = patch.Patch.of(work, tile).name
+    named = microkernel.Microkernel.of(work, tile).name
     trace = trace_json(made)
     assert named in trace
-    patch._registered.cache_clear()
+    microkernel._registered.cache_clear()
     s_tir.TensorIntrin.register(named, *(te.create_prim_func([x]) for _ in range(2)), override=True)
     again = replay(function, trace)
     assert structural_equal(again.mod, made.mod)

@@ -1,4 +1,4 @@
-"""The inner kernel of convolutions in small groups: a vector of output channels that belong to several groups.
+"""The microkernel of convolutions in small groups: a vector of output channels that belong to several groups.
 
 Each lane needs an input of its own group. A vector of neighbouring inputs is loaded once and spread over the lanes in a register,
 
@@ -20,12 +20,12 @@ from typing import Any
 
 from nnopt.backends.tvm.conv import ConvWorkload, Tile
 
-_NAME = re.compile(r"nnopt\.patch (\S+) (\S+) (\S+) (\S+) (\d+) (\d+) (\d+) (\w+)")
+_NAME = re.compile(r"nnopt\.microkernel (\S+) (\S+) (\S+) (\S+) (\d+) (\d+) (\d+) (\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Patch:
-    """One tile of a convolution.
+class Microkernel:
+    """That of one tile of a convolution.
 
     Attributes:
         pixels: of the result, along each spatial axis.
@@ -48,8 +48,8 @@ class Patch:
     dtype: str
 
     @classmethod
-    def of(cls, work: ConvWorkload, tile: Tile) -> "Patch":
-        """That of a tile."""
+    def of(cls, work: ConvWorkload, tile: Tile) -> "Microkernel":
+        """Of a tile."""
         return cls(
             tile.pixels, work.window, work.strides, work.dilation, work.inputs // work.groups, work.outputs // work.groups,
             tile.lanes, work.dtype,
@@ -61,7 +61,7 @@ class Patch:
         shapes = (self.pixels, self.window, self.strides, self.dilation)
         counts = (self.inputs, self.outputs, self.lanes, self.dtype)
         return " ".join(
-            ["nnopt.patch", *("x".join(map(str, s)) for s in shapes), *map(str, counts)]
+            ["nnopt.microkernel", *("x".join(map(str, s)) for s in shapes), *map(str, counts)]
         )
 
     @property
@@ -117,46 +117,46 @@ class Patch:
             yield tuple(at for at, _ in places), uses
 
 
-def register(patch: Patch) -> str:
-    """Makes a patch known to TVM.
+def register(kernel: Microkernel) -> str:
+    """Makes a microkernel known to TVM.
 
     Returns:
         The name for `tensorize`.
     """
-    _registered(patch)
-    return patch.name
+    _registered(kernel)
+    return kernel.name
 
 
 def register_named(trace: str) -> None:
-    """Makes the patches known that a schedule's trace names."""
+    """Makes the microkernels known that a schedule's trace names."""
     for *shapes, inputs, outputs, lanes, dtype in _NAME.findall(trace):
         pixels, window, strides, dilation = (tuple(map(int, s.split("x"))) for s in shapes)
         counts = int(inputs), int(outputs), int(lanes)
-        register(Patch(pixels, window, strides, dilation, *counts, dtype))
+        register(Microkernel(pixels, window, strides, dilation, *counts, dtype))
 
 
 @functools.cache
-def _registered(patch: Patch) -> None:
+def _registered(kernel: Microkernel) -> None:
     from tvm import s_tir
 
-    loops = _function(patch, lambda *buffers: _loops(patch, *buffers))
-    code = _function(patch, lambda *buffers: _straight(patch, *buffers))
-    s_tir.TensorIntrin.register(patch.name, loops, code, override=True)
+    loops = _function(kernel, lambda *buffers: _loops(kernel, *buffers))
+    code = _function(kernel, lambda *buffers: _straight(kernel, *buffers))
+    s_tir.TensorIntrin.register(kernel.name, loops, code, override=True)
 
 
-def _function(patch: Patch, body: Callable[[Any, Any, Any], Any]) -> Any:
+def _function(kernel: Microkernel, body: Callable[[Any, Any, Any], Any]) -> Any:
     """A function of `x [*size, channels]`, `k [*window, inputs, lanes]` and `y [*pixels, lanes]`, parts of larger arrays."""
     from tvm import ir, s_tir, tirx
 
     def buffer(name: str, shape: tuple[int, ...], scope: str) -> Any:
         strides = [tirx.Var(f"{name}{i}", "int32") for i in range(len(shape) - 1)]
         return tirx.decl_buffer(
-            shape, patch.dtype, name, strides=[*strides, 1], scope=scope, offset_factor=1, layout=None
+            shape, kernel.dtype, name, strides=[*strides, 1], scope=scope, offset_factor=1, layout=None
         )  # fmt: skip
 
-    x = buffer("x", (*patch.size, patch.channels), "")
-    k = buffer("k", (*patch.window, patch.inputs, patch.lanes), "")
-    y = buffer("y", (*patch.pixels, patch.lanes), "local")
+    x = buffer("x", (*kernel.size, kernel.channels), "")
+    k = buffer("k", (*kernel.window, kernel.inputs, kernel.lanes), "")
+    y = buffer("y", (*kernel.pixels, kernel.lanes), "local")
     whole = [
         tirx.BufferRegion(b, [ir.Range.from_min_extent(0, n) for n in b.shape]) for b in (y, x, k)
     ]
@@ -165,16 +165,16 @@ def _function(patch: Patch, body: Callable[[Any, Any, Any], Any]) -> Any:
     return tirx.PrimFunc([x, k, y], realized).with_attr("s_tir", True)
 
 
-def _loops(patch: Patch, x: Any, k: Any, y: Any) -> Any:
+def _loops(kernel: Microkernel, x: Any, k: Any, y: Any) -> Any:
     """What is replaced, as TVM has it then: loops of the reduction and of the tile, those of one pass left out."""
     from tvm import ir, s_tir, tirx
 
-    rank = len(patch.pixels)
+    rank = len(kernel.pixels)
     spatial = [
-        (f"o{a}", n, tirx.IterVar.DataPar) for a, n in enumerate((*patch.pixels, patch.lanes))
+        (f"o{a}", n, tirx.IterVar.DataPar) for a, n in enumerate((*kernel.pixels, kernel.lanes))
     ]
     over = [
-        (f"k{a}", n, tirx.IterVar.CommReduce) for a, n in enumerate((*patch.window, patch.inputs))
+        (f"k{a}", n, tirx.IterVar.CommReduce) for a, n in enumerate((*kernel.window, kernel.inputs))
     ]
     variables, loops, values = [], {}, {}
     for name, extent, kind in (*spatial, *over):
@@ -186,9 +186,9 @@ def _loops(patch: Patch, x: Any, k: Any, y: Any) -> Any:
     *window, ci = (values[name] for name, *_ in over)
     read = [
         p * s + t * d
-        for p, t, s, d in zip(place, window, patch.strides, patch.dilation, strict=True)
+        for p, t, s, d in zip(place, window, kernel.strides, kernel.dilation, strict=True)
     ]
-    at_x = [*read, lane // patch.outputs * patch.inputs + ci]
+    at_x = [*read, lane // kernel.outputs * kernel.inputs + ci]
     at_k, at_y = [*window, ci, lane], [*place, lane]
 
     def element(buffer: Any, at: list[Any]) -> Any:
@@ -205,7 +205,7 @@ def _loops(patch: Patch, x: Any, k: Any, y: Any) -> Any:
     return body
 
 
-def _straight(patch: Patch, x: Any, k: Any, y: Any) -> Any:
+def _straight(kernel: Microkernel, x: Any, k: Any, y: Any) -> Any:
     """The code: for each input of a group its weights, then each place of the image with all products that it is part of."""
     from tvm import tirx
 
@@ -214,17 +214,17 @@ def _straight(patch: Patch, x: Any, k: Any, y: Any) -> Any:
     def load(buffer: Any, at: tuple[int, ...], count: int) -> Any:
         return tirx.BufferLoad(buffer, [*at, tirx.Ramp(0, 1, count)])
 
-    for ci in range(patch.inputs):
-        lanes = [lane // patch.outputs * patch.inputs + ci for lane in range(patch.lanes)]
+    for ci in range(kernel.inputs):
+        lanes = [lane // kernel.outputs * kernel.inputs + ci for lane in range(kernel.lanes)]
         spread = [tirx.const(lane, "int32") for lane in lanes]
-        for place, uses in patch.uses():
-            value = load(x, place, patch.channels)
-            if not patch.plain:  # of vectors that have as many lanes in all
-                value = tirx.Shuffle([value] * -(-patch.lanes // patch.channels), spread)
+        for place, uses in kernel.uses():
+            value = load(x, place, kernel.channels)
+            if not kernel.plain:  # of vectors that have as many lanes in all
+                value = tirx.Shuffle([value] * -(-kernel.lanes // kernel.channels), spread)
             variable = tirx.Var("value", value.ty)
             made.append(tirx.Bind(variable, value))
             for at, tap in uses:
                 # LLVM keeps results and weights in registers from here on.
-                total = load(y, at, patch.lanes) + variable * load(k, (*tap, ci), patch.lanes)
-                made.append(tirx.BufferStore(y, total, [*at, tirx.Ramp(0, 1, patch.lanes)]))
+                total = load(y, at, kernel.lanes) + variable * load(k, (*tap, ci), kernel.lanes)
+                made.append(tirx.BufferStore(y, total, [*at, tirx.Ramp(0, 1, kernel.lanes)]))
     return tirx.SeqStmt(made)
