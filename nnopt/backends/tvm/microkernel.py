@@ -16,10 +16,11 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from nnopt.backends.tvm.conv import ConvWorkload, Tile
 
+Place: TypeAlias = tuple[int, ...]
 _NAME = re.compile(r"nnopt\.microkernel (\S+) (\S+) (\S+) (\S+) (\d+) (\d+) (\d+) (\w+)")
 
 
@@ -99,10 +100,8 @@ class Microkernel:
         """Vectors of inputs."""
         return self.inputs * sum(1 for _ in self.uses())
 
-    def uses(
-        self,
-    ) -> Iterator[tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]]:
-        """Places of the image, and for each the results that need it with the weight that they need it for."""
+    def uses(self) -> Iterator[tuple[Place, list[tuple[Place, Place]]]]:
+        """Places of the image, and for each the results that need it with the place of the weight that they need it for."""
         axes = []
         for n, k, s, d in zip(self.pixels, self.window, self.strides, self.dilation, strict=True):
             found: dict[int, list[tuple[int, int]]] = {}
@@ -211,7 +210,7 @@ def _straight(kernel: Microkernel, x: Any, k: Any, y: Any) -> Any:
 
     made = []
 
-    def load(buffer: Any, at: tuple[int, ...], count: int) -> Any:
+    def load(buffer: Any, at: Place, count: int) -> Any:
         return tirx.BufferLoad(buffer, [*at, tirx.Ramp(0, 1, count)])
 
     for ci in range(kernel.inputs):

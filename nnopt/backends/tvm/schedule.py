@@ -129,9 +129,9 @@ def _convolution(
     weights_first = work.weight_bytes > work.image_bytes
     order = [blocks_of, *first] if weights_first or tile.unrolled else [*first, blocks_of]
     rest = [*reduction, *inner, vectors, vector]
-    if tile.unrolled:  # as its code has them: loops of one pass are none of its own
-        once = [loop for loop in rest if int(sch.get(loop).extent) == 1]
-        rest = [*once, *(loop for loop in rest if loop not in once)]
+    if tile.unrolled:  # loops of one pass go outside: its microkernel has none
+        rest.sort(key=lambda loop: int(sch.get(loop).extent) > 1)
+        body = next(loop for loop in rest if int(sch.get(loop).extent) > 1)
     sch.reorder(*order, *rest)
     if threads > 1:
         lead, count = [], 1
@@ -149,19 +149,19 @@ def _convolution(
     sch.vectorize(split[-1])
     for loop in (*inside[1:-1], split[0]):
         sch.unroll(loop)
-    if not tile.unrolled:
+    if tile.unrolled:
+        before = [block for block in before if not _at_tile(sch, block, conv, last, tile)]
+    else:
         for loop in (*inner, vectors):
             sch.unroll(loop)
         sch.vectorize(vector)
-    if tile.unrolled:
-        before = [block for block in before if not _at_tile(sch, block, conv, last, tile)]
     init = sch.decompose_reduction(conv, rest[0])
     *others, lane = sch.get_loops(init)[-(rank + 2) :]
     sch.vectorize(lane)
     for loop in others:
         sch.unroll(loop)
     if tile.unrolled:
-        sch.tensorize(rest[len(once)], register(Microkernel.of(work, tile)))
+        sch.tensorize(body, register(Microkernel.of(work, tile)))
     for block in before:
         # Not inlined: the products would be tested one by one.
         _vectorized(sch, block, threads, lanes)

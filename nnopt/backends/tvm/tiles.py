@@ -5,8 +5,8 @@ image, and of results. There are three kinds of tile:
 
 - vectors of one group's channels, the reduction in loops. Groups that fill half a vector waste the other half;
 - vectors across groups of a depthwise convolution, the reduction in loops: each product loads its own input;
-- vectors across groups, the reduction unrolled (`nnopt.backends.tvm.microkernel`): inputs are loaded, and spread over the lanes of their
-  groups, once for all the products of a tile that need them.
+- vectors across groups, the reduction unrolled (`nnopt.backends.tvm.microkernel`): inputs are loaded, and spread over the lanes of
+  their groups, once for all the products of a tile that need them.
 """
 
 import itertools
