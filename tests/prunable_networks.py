@@ -350,6 +350,61 @@ class Numbers(nn.Module):
         return nn.Dense(5, name="head")(nn.relu(Gain(8, name="block")(x)).mean((1, 2)))
 
 
+class Kernels(nn.Module):
+    """Kernels computed of weights that are zero for a channel that goes, and an output scaled by the one element of a variable."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.sigmoid(nn.Conv(8, (3, 3), name="first")(x))
+        made = [
+            x @ KERNELS[name](self, x.shape[-1]) for name, exact in KERNELS_EXACT.items() if exact
+        ]
+        x = jnp.concatenate(made, -1) * self.param("scale", nn.initializers.ones, (1,))[0]
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Kernel(nn.Module):
+    """One of these kernels, or one that is not zero where weights are."""
+
+    kernel: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.sigmoid(nn.Conv(8, (3, 3), name="first")(x))
+        return nn.Dense(5, name="head")((x @ KERNELS[self.kernel](self, x.shape[-1])).mean((1, 2)))
+
+
+def _weights(net, name, *shape):
+    return net.param(name, nn.initializers.lecun_normal(), shape)
+
+
+def _in_a_loop(net, n):
+    def step(kernel, _):
+        return kernel + jnp.ones((n, 4)), None
+
+    return jax.lax.scan(step, jnp.zeros((n, 4)), None, length=2)[0]
+
+
+# name -> (of a module and the number of channels the kernel `[channels, 4]`, whether it is zero for a channel that goes)
+_KERNELS = {
+    "product": (lambda net, n: _weights(net, "a", n, 4) * _weights(net, "b", 1, 4), True),
+    "product with ones": (lambda net, n: 2 * _weights(net, "c", n, 4) * jnp.ones((n, 4)), True),
+    "sum": (lambda net, n: _weights(net, "d", n, 4) + _weights(net, "e", n, 1) * jnp.ones((1, 4)), True),
+    "beside": (lambda net, n: jnp.concatenate([_weights(net, "f", n, 2), _weights(net, "g", n, 2)], -1), True),
+    "moved": (lambda net, n: _weights(net, "h", n, 2, 2).transpose(2, 0, 1).reshape(2, n, 2)[1], True),
+    "ones": (lambda net, n: jnp.ones((n, 1)), False),
+    "repeated": (lambda net, n: jnp.broadcast_to(_weights(net, "w", 1, 4), (n, 4)), False),
+    "ones added": (lambda net, n: _weights(net, "w", n, 4) + jnp.ones((n, 4)), False),
+    "row added": (lambda net, n: _weights(net, "w", n, 4) + _weights(net, "b", 1, 4), False),
+    "number subtracted": (lambda net, n: _weights(net, "w", n, 4) - _weights(net, "b", 1, 1), False),
+    "beside ones": (lambda net, n: jnp.concatenate([_weights(net, "w", n, 4), jnp.ones((n, 2))], -1), False),
+    "stacked on ones": (lambda net, n: jnp.stack([_weights(net, "w", n, 4), jnp.ones((n, 4))]).sum(0), False),
+    "ones in a loop": (_in_a_loop, False),
+}  # fmt: skip
+KERNELS = {name: kernel for name, (kernel, _) in _KERNELS.items()}
+KERNELS_EXACT = {name: exact for name, (_, exact) in _KERNELS.items()}
+
+
 EXACT = (
     Plain(), Residual(), Blocks(), DenseConcat(), Grouped(), Depthwise(), SqueezeExcite(), Split(), Chunk(), Flatten(), Shared(),
     Attention(), OwnAttention(), UNet(), Shuffle(), PaddedShortcut(), Branches(), Gating(), Sequence(), Prelu(),
@@ -426,7 +481,60 @@ def _loop(x):
     return jax.lax.scan(lambda y, _: (y * y.shape[-1], None), x, None, length=2)[0]
 
 
-CODE = {f.__name__: f for f in (_width, _size, _roll, _shuffle, _swap, _ones, _power, _loop)}
+def _partial_convolution(x):
+    return x / _convolved(jnp.ones_like(x), jnp.ones((3, 3, x.shape[-1], 1)))
+
+
+def _convolved(x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+def _ones_in_a_loop(x):
+    def step(y, _):
+        return y / (jnp.ones_like(y) * jnp.ones(y.shape[-1]).sum()), None
+
+    return jax.lax.scan(step, x, None, length=2)[0]
+
+
+def _ones_multiplied_in_a_loop(x):
+    ones = jnp.ones(x.shape[-1])
+    return jax.lax.scan(lambda y, _: (y / (ones @ ones), None), x, None, length=2)[0]
+
+
+def _ones_multiplied(x):
+    ones = jnp.ones_like(x)
+    return x / jnp.einsum("bhwc,bhwc->bhw", ones, ones)[..., None]
+
+
+def _window(x):
+    return nn.max_pool(x, (x.shape[-1] // 2 + 1,) * 2, padding="SAME")
+
+
+def _row(x):
+    return x[:, x.shape[-1] - 1 : x.shape[-1]]
+
+
+def _padding(x):
+    return jnp.pad(x, ((0, 0), (x.shape[-1] // 4, 4 - x.shape[-1] // 4), (0, 0), (0, 0)))[:, 1:9]
+
+
+def _way(x):
+    return jnp.flip(x, 1 if x.shape[-1] == 8 else 2)
+
+
+def _reduced(x):
+    return x.max(1 if x.shape[-1] == 8 else 2)
+
+
+def _contracted(x):
+    return jnp.einsum("bhwc,bkwc->bhkc" if x.shape[-1] == 8 else "bhwc,bhkc->bwkc", x, x)
+
+
+CODE = {f.__name__: f for f in (
+    _width, _size, _roll, _shuffle, _swap, _ones, _power, _loop, _partial_convolution, _ones_multiplied, _ones_in_a_loop,
+    _ones_multiplied_in_a_loop, _window, _row, _padding, _way, _reduced, _contracted,
+)}  # fmt: skip
 
 
 class InCode(nn.Module):
@@ -465,13 +573,19 @@ class Division(nn.Module):
 class Frozen(nn.Module):
     """Channels beside a fixed number of numbers."""
 
-    where: bool
+    way: str
 
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.Conv(8, (3, 3), name="first")(x)
         numbers = jnp.arange(8.0)[None, None, None]
-        x = jnp.where(numbers < 4, x, 0) if self.where else x + numbers
+        ways = {
+            "where": lambda: jnp.where(numbers < 4, x, 0),
+            "add": lambda: x + numbers,
+            "counted": lambda: x + jnp.cumsum(jnp.ones(x.shape[-1]))[None, None, None],
+            "rolled": lambda: x + jnp.roll(x, 1, -1),
+        }
+        x = ways[self.way]()
         return nn.Dense(5, name="head")(x.mean((1, 2)))
 
 

@@ -84,7 +84,10 @@ def size(variables):
 @pytest.mark.parametrize("net", EXACT, ids=lambda n: type(n).__name__)
 def test_a_pruned_network_is_the_masked_one(net):
     groups = channel_groups(net, IMAGES)
-    assert not groups.kept_whole
+    # Channels that stand beside zeros which are padding can't go, and only those.
+    padded = ["add in '.' combines channels with what has a fixed number of them"]
+    kept = padded if isinstance(net, networks.PaddedShortcut) else []
+    assert [str(n) for n in groups.kept_whole] == kept
     variables = variables_of(net)
     images = jax.random.normal(jax.random.key(2), IMAGES.shape)
     scores = {n: s for n, s in magnitude(groups, variables).items() if n in prunable(groups)}
@@ -234,7 +237,7 @@ def test_numbers_of_channels_in_the_code_are_an_error(code):
     groups = channel_groups(net, IMAGES)
     size = groups["first"].size
     refused = r"InCode (is another function|does not run) at these widths: .*leave the channels there as they are"
-    for gone in ([0], list(range(size // 2))):
+    for gone in ([0], list(range(size // 2)), list(range(size - 1))):
         with pytest.raises(RewriteError, match=refused):
             rewrite(net, prune(groups, {"first": gone}), example=IMAGES)
     if size == 8:  # what is inexact by permission is not held against the code
@@ -289,13 +292,34 @@ def test_weights_that_are_divided_by_are_not_exact(way):
         assert "is not finite where these weights are zero" in str(group.inexact[0])
 
 
+@pytest.mark.parametrize("kernel", networks.KERNELS)
+def test_kernels_that_are_not_zero_where_weights_are_are_not_exact(kernel):
+    group = channel_groups(networks.Kernel(kernel), IMAGES)["first"]
+    assert group.exact == networks.KERNELS_EXACT[kernel]
+    if not group.exact:
+        assert "dot_general in '.' " in str(group.inexact[0])
+
+
+def test_kernels_computed_of_weights_are_pruned_exactly():
+    net = networks.Kernels()
+    groups = channel_groups(net, IMAGES)
+    variables = variables_of(net)
+    images = jax.random.normal(jax.random.key(2), IMAGES.shape)
+    removed = {"first": [0, 3, 6]}
+    small, made = without(net, groups, removed, variables)
+    wanted = net.apply(masked(groups, removed, variables), images)
+    np.testing.assert_allclose(small.apply(made, images), wanted, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(net.apply(variables, images), wanted)
+
+
 def test_what_is_frozen_is_reported():
-    for where, note in ((True, "select_n"), (False, "add")):
-        groups = channel_groups(networks.Frozen(where), IMAGES)
+    for way, note in (("where", "select_n"), ("add", "add"), ("counted", "add"), ("rolled", "add")):
+        groups = channel_groups(networks.Frozen(way), IMAGES)
         assert not groups
+        by_number = ["slice in '.' takes channels by number"] if way == "rolled" else []
         assert [str(n) for n in groups.kept_whole] == [
-            f"{note} in '.' combines channels with what has a fixed number of them"
-        ]
+            *by_number, f"{note} in '.' combines channels with what has a fixed number of them"
+        ]  # fmt: skip
 
 
 def test_what_could_not_go_anyway_is_not_reported():

@@ -67,6 +67,7 @@ class Analysis:
         unit: `[labels]`, the channel that a label belongs to; 0 for what always stays.
         units: number of channels, and one for what always stays.
         kept_whole: what keeps channels from going that otherwise could.
+        counted: for each equation of the program, see `Ties.counted`.
     """
 
     program: Program
@@ -75,6 +76,7 @@ class Analysis:
     unit: np.ndarray
     units: int
     kept_whole: tuple[Note, ...]
+    counted: tuple[tuple[int, ...], ...]
 
     def of(self, atom: Any) -> Axes:
         """What is known of a value or literal."""
@@ -88,12 +90,15 @@ def analyse(sites: Sites) -> Analysis:
     known: dict[Value, Axes] = {}
     for value, shape in zip(program.variables, program.leaves.values(), strict=True):
         labels = tuple(ties.fresh(n) for n in shape)
-        known[value] = Axes(shape, labels, weights=True)
+        known[value] = Axes(shape, labels, (True,) * len(shape))
     for value in (*program.arguments, *(v for v, _ in program.flat.constants)):
         known[value] = Axes.whole(value.aval.shape)
+    counted: list[tuple[int, ...]] = []
     for equation in program.flat.equations:
+        start = len(ties.counted)
         before = [known[a] if isinstance(a, Value) else of_literal(a) for a in equation.inputs]
         known.update(zip(equation.outputs, run(ties, equation, before), strict=True))
+        counted.append(tuple(ties.counted[start:]))
     for atom in program.flat.outputs[: program.outputs]:
         if isinstance(atom, Value):
             for axis in range(len(known[atom].shape)):
@@ -102,7 +107,7 @@ def analyse(sites: Sites) -> Analysis:
     # Only what some variable has can go; all else is one unit, that stays.
     used = [unit[v] for value in program.variables for v in known[value].labels if v is not None]
     count, unit = _numbered(unit, used)
-    return Analysis(program, known, ties, unit, count, kept)
+    return Analysis(program, known, ties, unit, count, kept, tuple(counted))
 
 
 def _components(ties: Ties) -> tuple[np.ndarray, tuple[Note, ...]]:

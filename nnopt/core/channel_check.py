@@ -7,7 +7,7 @@ must be the same. This finds code with a number of channels in it: `x * x.shape[
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,24 @@ from jax.extend import core as jex
 
 from nnopt.core.channel_analysis import Analysis, Program, analyse, program_of
 from nnopt.core.channel_rules import Axes, Labels, Ties, flatten_any, of_literal, run
+from nnopt.core.dataflow import CONVOLUTIONS
 from nnopt.core.flatten import Flat, FlatEquation, Value
 from nnopt.core.sites import Sites
 from nnopt.typing import Path
 
-_FOLLOW_CHANNELS = ("feature_group_count",)
-"""Parameters of primitives that may be others in a narrower network."""
+_FOLLOW_CHANNELS = frozenset(
+    (
+        "feature_group_count", "groups", "input", "kernel", "shape", "new_sizes", "sizes", "limit_indices", "slice_sizes",
+    )
+)  # fmt: skip
+"""Parameters of primitives that may be others in a narrower network: what is as long as its arrays are, which are compared too."""
+_ONE_FOR_EACH_AXIS = frozenset(
+    (
+        "window_dimensions", "window_strides", "padding", "padding_config", "base_dilation", "window_dilation", "start_indices",
+        "strides", "reps",
+    )
+)  # fmt: skip
+"""Parameters with an entry for each axis of the operand, which may be another where that axis is narrower."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +90,18 @@ class _Comparison:
             shape, labels = self._narrow.leaves[leaf], self._left(self._wide.known[values[leaf]])
             if tuple(map(_extent, labels, shape)) != shape:
                 return Difference(leaf[1:-1], "loses a part of what is one channel")
-            self._known[value] = Axes(shape, labels, weights=True)
+            self._known[value] = Axes(shape, labels, (True,) * len(shape))
         constants = self._wide.program.flat.constants, self._narrow.flat.constants
         for value in (*self._narrow.arguments, *(v for v, _ in constants[1])):
             self._known[value] = Axes.whole(value.aval.shape)
         for (_, a), (_, b) in itertools.zip_longest(*constants, fillvalue=(None, None)):
             if not _same_number(a, b):
                 return Difference((), "uses other constants")
-        for a, b in itertools.zip_longest(
-            self._wide.program.flat.equations, self._narrow.flat.equations
-        ):
+        equations = self._wide.program.flat.equations, self._narrow.flat.equations
+        for number, (a, b) in enumerate(itertools.zip_longest(*equations)):
             if a is None or b is None or a.primitive.name != b.primitive.name:
                 return Difference((b or a).path, "computes something else")
-            if (why := _numbers_differ(a, b) or self._ties_differ(a, b)) is not None:
+            if (why := _numbers_differ(a, b) or self._ties_differ(number, a, b)) is not None:
                 return Difference(b.path, why)
         if self._mixed():
             return Difference((), "ties other channels to each other in a loop")
@@ -104,40 +115,39 @@ class _Comparison:
             found.append(None if units is None else units[~self._going[units]])
         return tuple(found)
 
-    def _ties_differ(self, a: FlatEquation, b: FlatEquation) -> str | None:
-        ties, name = self._ties, b.primitive.name
+    def _ties_differ(self, number: int, a: FlatEquation, b: FlatEquation) -> str | None:
+        name = b.primitive.name
         before = [self._known[x] if isinstance(x, Value) else of_literal(x) for x in b.inputs]
-        # With a single channel left a rule cannot tell it from an axis that is there to be repeated.
+        # With a single channel left a rule cannot tell it from an axis that is there to be repeated: what it ties is not looked at.
         single = any(
             n == 1 < m
             for p, q in zip((*a.inputs, *a.outputs), (*b.inputs, *b.outputs), strict=True)
             for m, n in zip(_shape(p), _shape(q), strict=True)
         )
-        if name.startswith("reduce_") and not single:
-            for old, new in zip(a.inputs, before, strict=True):
-                if any(
-                    v is None and _shape(old)[i] != new.shape[i] for i, v in enumerate(new.labels)
-                ):
-                    return f"runs {name} over as many values as there are channels"
-        joins, kept = len(ties.joins), len(ties.kept_whole)
-        after = None if single else run(ties, b, before)
+        ties = Ties(self._wide.units) if single else self._ties
+        joins, kept, counted = len(ties.joins), len(ties.kept_whole), len(ties.counted)
+        after = run(ties, b, before)
+        if ties.counted[counted:] != list(self._wide.counted[number]):
+            return f"runs {name} over as many values as there are channels"
+        if single:
+            joins, kept = len(ties.joins), len(ties.kept_whole)
+            after = [Axes.free(_shape(y)) for y in b.outputs]
         if any(self._two(v, w).any() for v, w in ties.joins[joins:]):
             return f"ties other channels to each other, in {name}"
         for held, note in ties.kept_whole[kept:]:
             if ((held > 0) & (held < self._wide.units)).any():
                 return f"{name} {note.why}"
             ties.joins.append((np.zeros_like(held), held))
-        for i, (x, y) in enumerate(zip(a.outputs, b.outputs, strict=True)):
+        for x, y, found in zip(a.outputs, b.outputs, after, strict=True):
             wide, shape = self._wide.known[x], _shape(y)
             labels = self._left(wide)
             if tuple(map(_extent, labels, shape)) != shape:
                 return f"has a number of channels in its code, for {name}"
-            found = after[i] if after is not None else Axes.free(shape)
             for v, w in zip(labels, found.labels, strict=True):
                 if v is not None and w is not None and self._two(v, w).any():
                     return f"puts other channels in the place of these, in {name}"
             filled = tuple(w if v is None else v for v, w in zip(labels, found.labels, strict=True))
-            self._known[y] = Axes(shape, filled, wide.weights)
+            self._known[y] = Axes(shape, filled, wide.zero)
         return None
 
     def _two(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -168,7 +178,9 @@ def _shape(atom: Any) -> tuple[int, ...]:
 
 def _numbers_differ(a: FlatEquation, b: FlatEquation) -> str | None:
     """Numbers written into two equations, and into the programs that they hold."""
-    found = _literals_differ(a.inputs, b.inputs) or _params_differ(a.params, b.params)
+    found = _literals_differ(a.inputs, b.inputs) or _params_differ(
+        a.params, b.params, _narrower(a, b)
+    )
     return f"{found} in {b.primitive.name}" if found else None
 
 
@@ -183,9 +195,32 @@ def _literals_differ(a: Sequence[Any], b: Sequence[Any]) -> str | None:
     return None
 
 
-def _params_differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
-    for name in a.keys() & b.keys() - set(_FOLLOW_CHANNELS):
+def _narrower(a: FlatEquation, b: FlatEquation) -> set[int]:
+    """Axes of the first operand, or of outputs with as many, that are narrower in `b`."""
+    found: set[int] = set()
+    if b.primitive.name in CONVOLUTIONS:
+        return found  # their strides and padding are of space alone
+    rank = len(_shape(a.inputs[0])) if a.inputs else 0
+    for x, y in ((a.inputs[:1], b.inputs[:1]), (a.outputs, b.outputs)):
+        for p, q in zip(x, y, strict=True):
+            if len(_shape(p)) == len(_shape(q)) == rank:
+                sides = zip(_shape(p), _shape(q), strict=True)
+                found |= {axis for axis, (m, n) in enumerate(sides) if m != n}
+    return found
+
+
+def _params_differ(
+    a: Mapping[str, Any], b: Mapping[str, Any], narrower: Collection[int]
+) -> str | None:
+    for name in sorted(a.keys() & b.keys() - _FOLLOW_CHANNELS):
         x, y = a[name], b[name]
+        if dataclasses.is_dataclass(x) and dataclasses.is_dataclass(y):
+            inner = _params_differ(vars(x), vars(y), ())  # as the shape of `nnopt.layers.Conv`
+            if inner is not None:
+                return inner
+        many = _numbers(x), _numbers(y)
+        if not _agree(*many, narrower if name in _ONE_FOR_EACH_AXIS else ()):
+            return f"has {name}={many[1]} in place of {many[0]}"
         if isinstance(x, int | float) and not _same_number(x, y):
             return f"has {name}={y} in place of {x}"
         for p, q in zip(_programs(x), _programs(y), strict=False):
@@ -195,6 +230,29 @@ def _params_differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
                 if (inner := _numbers_differ(d, e)) is not None:
                     return inner
     return None
+
+
+def _agree(a: tuple[Any, ...] | None, b: tuple[Any, ...] | None, narrower: Collection[int]) -> bool:
+    """Whether numbers are equal, those of axes that are narrower aside."""
+    if a is None or b is None or len(a) != len(b):
+        return a == b
+    return all(axis in narrower or m == n for axis, (m, n) in enumerate(zip(a, b, strict=True)))
+
+
+def _numbers(value: Any) -> tuple[Any, ...] | None:
+    """A parameter that says with several numbers, such as those of axes, what an equation does; None if it does not."""
+    if not isinstance(value, tuple):
+        return None
+    found: list[Any] = []
+    for item in value:
+        plain = item.item() if isinstance(item, np.number) else item
+        inner = _numbers(plain) if isinstance(plain, tuple) else plain
+        if (inner is None and plain is not None) or not isinstance(
+            inner, tuple | int | float | None
+        ):
+            return None
+        found.append(inner)
+    return tuple(found)
 
 
 def _programs(value: Any) -> Iterator[Flat]:

@@ -36,19 +36,38 @@ _KEEPS_ZERO = frozenset(
 )  # fmt: skip
 """Operations that make zeros of zeros."""
 
+_SUMS = frozenset(("add", "sub", "add_any"))
+
 
 _INFINITE_AT_ZERO = frozenset(("log", "log2", "rsqrt", "digamma", "lgamma", "acosh"))
 
 
 def keeps_zero(equation: FlatEquation, inputs: Sequence[Axes]) -> bool:
-    """Whether the outputs are made of weights alone and are zero where those are."""
+    """Whether the outputs are made of weights and numbers alone, and are zero where all operands with axes are."""
     name = equation.primitive.name
     if name == "div":
         return inputs[0].weights and not inputs[1].shape
     if name == "integer_pow":
         return inputs[0].weights and equation.params["y"] > 0
-    shifted = name in ("add", "sub", "add_any") and not all(a.shape for a in inputs)
+    shifted = name in _SUMS and not all(a.shape for a in inputs)
     return name in _KEEPS_ZERO and not shifted and all(a.weights for a in inputs if a.shape)
+
+
+def _zero(
+    equation: FlatEquation, inputs: Sequence[Axes], shape: Sequence[int]
+) -> tuple[bool, ...] | None:
+    """See `Axes.zero`: a product is zero along an axis where one operand is, anything else where all are.
+
+    An operand that is repeated along an axis is not zero along it: `w + b` of `w [in, out]` and `b [out]` is `b` where `w` is zero.
+    """
+    if not keeps_zero(equation, inputs):
+        return None
+    arrays = [a for a in inputs if a.shape]
+    holds = any if equation.primitive.name == "mul" else all
+    return tuple(
+        bool(arrays) and holds(a.shape[axis] == extent and a.vanishes(axis) for a in arrays)
+        for axis, extent in enumerate(shape)
+    )
 
 
 def _divisor(equation: FlatEquation, inputs: Sequence[Axes]) -> Axes | None:
@@ -76,7 +95,8 @@ def _elementwise(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> 
     if divisor is not None:
         note = note_on(equation, "is not finite where these weights are zero")
         for axis in range(len(divisor.shape)):
-            ties.mark(divisor, axis, note)
+            if divisor.vanishes(axis):
+                ties.mark(divisor, axis, note)
     note = note_on(equation, "combines channels with what has a fixed number of them")
     found = []
     for shape in shapes:
@@ -85,7 +105,7 @@ def _elementwise(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> 
             for axis, extent in enumerate(array.shape):
                 if extent == shape[axis]:
                     labels[axis] = ties.join(labels[axis], array.labels[axis], note)
-        found.append(Axes(shape, tuple(labels), keeps_zero(equation, inputs)))
+        found.append(Axes(shape, tuple(labels), _zero(equation, inputs, shape)))
     return found
 
 
@@ -97,21 +117,26 @@ def _reduce(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Seque
     axes = equation.params["axes"]
     for axis in axes:
         ties.mark(inputs[0], axis, note)
-    labels = tuple(v for a, v in enumerate(inputs[0].labels) if a not in axes)
+        ties.count((inputs[0], axis))
+    left = [a for a in range(len(inputs[0].shape)) if a not in axes]
+    labels = tuple(inputs[0].labels[a] for a in left)
     # Sums and extremes of zeros are zero.
-    zero = inputs[0].weights and equation.primitive.name in (
-        "reduce_sum",
-        "reduce_max",
-        "reduce_min",
-    )
+    keeps = equation.primitive.name in ("reduce_sum", "reduce_max", "reduce_min")
+    zero = tuple(map(inputs[0].vanishes, left)) if keeps and inputs[0].weights else None
     return [Axes(shape, labels, zero) for shape in shapes_of(equation)]
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def _cumulative(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     note = note_on(equation, "runs over channels, so what stays changes when one goes")
-    ties.mark(inputs[0], equation.params["axis"], note)
-    return [Axes(inputs[0].shape, inputs[0].labels)]
+    array, along = inputs[0], equation.params["axis"]
+    ties.mark(array, along, note)
+    ties.count((array, along))
+    labels = list(array.labels)
+    if labels[along] is None:
+        # No index is like another any more, however often the network has repeated a number.
+        labels[along] = unmoved(array.shape[along])
+    return [Axes(array.shape, tuple(labels))]
 
 
 @rule("sort", "top_k")

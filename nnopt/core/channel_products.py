@@ -18,6 +18,8 @@ from nnopt.core.channel_ties import (
 )
 from nnopt.core.flatten import FlatEquation
 
+_NOT_ZERO = "sums channels by weights that are not zero for one that goes"
+
 
 @rule("conv_general_dilated", "nnopt_conv")
 def _convolution(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
@@ -31,6 +33,7 @@ def _convolution(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> 
         ties.keep(x, axis, note)
     for axis in rhs[2:]:
         ties.keep(kernel, axis)
+    ties.count((x, lhs[1]), (kernel, rhs[1]))
     made, taken = kernel.labels[rhs[0]], kernel.labels[rhs[1]]
     depthwise = groups > 1 and kernel.shape[rhs[1]] == 1
     if depthwise and made is None:
@@ -40,6 +43,8 @@ def _convolution(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> 
     else:
         if not kernel.weights:
             ties.mark(x, lhs[1], note_on(equation, "has a kernel that is no weight"))
+        elif not depthwise and not kernel.vanishes(rhs[1]):
+            ties.mark(x, lhs[1], note_on(equation, _NOT_ZERO))
         if made is not None and kernel.weights:
             ties.made.append(made)
         _read(ties, equation, x.labels[lhs[1]], made, taken, groups, depthwise)
@@ -81,22 +86,26 @@ def _read(
 def _dot_general(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     a, b = inputs
     (contract_a, contract_b), (batch_a, batch_b) = equation.params["dimension_numbers"]
-    note = note_on(equation, "multiplies two activations over channels")
+    weights = a.weights or b.weights
+    note = note_on(equation, _NOT_ZERO if weights else "multiplies two activations over channels")
     whole = note_on(equation, "multiplies channels by what has a fixed number of them")
     for i, j in zip(contract_a, contract_b, strict=True):
         joined = ties.join(a.labels[i], b.labels[j], whole)
-        if not (a.weights or b.weights) and joined is not None:
+        ties.count((a, i), (b, j))
+        if joined is not None and not (a.vanishes(i) or b.vanishes(j)):
             ties.mark(Axes((len(joined),), (joined,)), 0, note)
-    labels = [
-        ties.join(a.labels[i], b.labels[j], whole) for i, j in zip(batch_a, batch_b, strict=True)
-    ]
+    labels, zero = [], []
+    for i, j in zip(batch_a, batch_b, strict=True):
+        labels.append(ties.join(a.labels[i], b.labels[j], whole))
+        zero.append(a.vanishes(i) or b.vanishes(j))
     for array, used in ((a, {*contract_a, *batch_a}), (b, {*contract_b, *batch_b})):
-        rest = [v for axis, v in enumerate(array.labels) if axis not in used]
-        labels += rest
+        rest = [axis for axis in range(len(array.shape)) if axis not in used]
+        labels += [array.labels[axis] for axis in rest]
+        zero += map(array.vanishes, rest)
         if array.weights:
-            ties.made += [v for v in rest if v is not None]
+            ties.made += [v for axis in rest if (v := array.labels[axis]) is not None]
     (shape,) = shapes_of(equation)
-    return [Axes(shape, tuple(labels), a.weights and b.weights)]
+    return [Axes(shape, tuple(labels), tuple(zero) if a.weights and b.weights else None)]
 
 
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "run_state")
@@ -128,7 +137,7 @@ def _scan(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequenc
     consts = start - carried
     for array in inputs[start:]:
         ties.keep(array, 0, note)
-    slices = [Axes(a.shape[1:], a.labels[1:], a.weights) for a in inputs[start:]]
+    slices = [Axes(a.shape[1:], a.labels[1:], a.zero and a.zero[1:]) for a in inputs[start:]]
     # What is carried may be as long as the loop wants only if it is so throughout.
     before = [
         Axes(a.shape, tuple(ties.fresh(n) if v is None else v for n, v in zip(a.shape, a.labels, strict=True)))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 from jax.extend import core as jex
 
-from nnopt.core.channel_elementwise import keeps_zero
 from nnopt.core.channel_ties import (
     Axes,
     Labels,
@@ -24,25 +23,37 @@ from nnopt.core.flatten import FlatEquation
 @rule("broadcast_in_dim")
 def _broadcast(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     (shape,) = shapes_of(equation)
+    array = inputs[0]
     labels: list[Labels] = [None] * len(shape)
+    zero = [False] * len(shape)
     for axis, to in enumerate(equation.params["broadcast_dimensions"]):
-        if inputs[0].shape[axis] == shape[to]:
-            labels[to] = inputs[0].labels[axis]
-    return [Axes(shape, tuple(labels), keeps_zero(equation, inputs))]
+        if array.shape[axis] == shape[to]:
+            labels[to], zero[to] = array.labels[axis], array.vanishes(axis)
+    return [Axes(shape, tuple(labels), tuple(zero) if array.weights else None)]
 
 
 @rule("transpose")
 def _transpose(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
-    labels = tuple(inputs[0].labels[a] for a in equation.params["permutation"])
+    array, order = inputs[0], equation.params["permutation"]
     (shape,) = shapes_of(equation)
-    return [Axes(shape, labels, keeps_zero(equation, inputs))]
+    return [
+        Axes(
+            shape,
+            tuple(array.labels[a] for a in order),
+            array.zero and tuple(array.zero[a] for a in order),
+        )
+    ]
 
 
 @rule("squeeze", "reshape")
 def _reshape(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     (array, *_), (shape,) = inputs, shapes_of(equation)
     labels: list[Labels] = []
+    zero: list[bool] = []
     for before, after in runs_of(array.shape, shape):
+        # The last axis that may lose indices is the one whose labels go on.
+        moving = [a for a in before if array.moves(a)]
+        zero += [bool(moving) and array.vanishes(moving[-1])] * len(after)
         labels += _regrouped(
             ties,
             array,
@@ -50,7 +61,7 @@ def _reshape(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequ
             [shape[a] for a in after],
             note_on(equation, "merges them with other channels"),
         )
-    return [Axes(shape, tuple(labels), keeps_zero(equation, inputs[:1]))]
+    return [Axes(shape, tuple(labels), tuple(zero) if array.weights else None)]
 
 
 def runs_of(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -100,6 +111,10 @@ def _regrouped(
             array.labels[a] is None and array.shape[a] > 1 for a in before
         )
         return [None if free or n == 1 else np.zeros(n, np.int64) for n in after]
+    if not after:  # the one element of an array that becomes a number
+        for axis in moving:
+            ties.keep(array, axis, note)
+        return []
     for axis in moving[:-1]:
         ties.keep(array, axis, note)
     place = before.index(moving[-1])
@@ -121,23 +136,28 @@ def _rev(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence
     labels = tuple(
         v[::-1] if v is not None and a in turned else v for a, v in enumerate(inputs[0].labels)
     )
-    return [Axes(inputs[0].shape, labels, inputs[0].weights)]
+    return [Axes(inputs[0].shape, labels, inputs[0].zero)]
 
 
 @rule("concatenate")
 def _concatenate(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     (shape,), along = shapes_of(equation), equation.params["dimension"]
     labels: list[Labels] = []
+    zero: list[bool] = []
     note = note_on(equation, "puts channels beside what has a fixed number of them")
     for axis in range(len(shape)):
         if axis == along:
             labels.append(np.concatenate([a.fixed(axis) for a in inputs]))
+            # Of an operand none of which can go nothing needs to be zero.
+            zero.append(all(a.vanishes(axis) or not a.moves(axis) for a in inputs))
             continue
         joined = inputs[0].labels[axis]
         for other in inputs[1:]:
             joined = ties.join(joined, other.labels[axis], note)
         labels.append(joined)
-    return [Axes(shape, tuple(labels), all(a.weights for a in inputs))]
+        zero.append(all(a.vanishes(axis) for a in inputs))
+    weights = all(a.weights for a in inputs)
+    return [Axes(shape, tuple(labels), tuple(zero) if weights else None)]
 
 
 @rule("stack")
@@ -145,16 +165,21 @@ def _stack(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequen
     (shape,), along = shapes_of(equation), equation.params["axis"]
     note = note_on(equation, "puts channels beside what has a fixed number of them")
     labels = list(ties.join_all(inputs, note))
+    zero = [all(a.vanishes(axis) for a in inputs) for axis in range(len(labels))]
     labels.insert(along, unmoved(shape[along]))
-    return [Axes(shape, tuple(labels), all(a.weights for a in inputs))]
+    zero.insert(along, False)
+    weights = all(a.weights for a in inputs)
+    return [Axes(shape, tuple(labels), tuple(zero) if weights else None)]
 
 
 @rule("unstack")
 def _unstack(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence[Axes]:
     (array,), along = inputs, equation.params["axis"]
     ties.keep(array, along, note_on(equation, "takes channels by number"))
-    labels = tuple(v for a, v in enumerate(array.labels) if a != along)
-    return [Axes(shape, labels, array.weights) for shape in shapes_of(equation)]
+    left = [a for a in range(len(array.shape)) if a != along]
+    labels = tuple(array.labels[a] for a in left)
+    zero = array.zero and tuple(array.zero[a] for a in left)
+    return [Axes(shape, labels, zero) for shape in shapes_of(equation)]
 
 
 @rule("tile")
@@ -169,7 +194,7 @@ def _tile(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequenc
             labels.append(None)  # repeated as often as the network wants
         else:
             labels.append(np.tile(found, times))
-    return [Axes(shape, tuple(labels), keeps_zero(equation, inputs))]
+    return [Axes(shape, tuple(labels), array.zero)]
 
 
 @rule("split")
@@ -187,7 +212,7 @@ def _split(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequen
         Axes(
             shape,
             tuple(part if a == along else v for a, v in enumerate(array.labels)),
-            array.weights,
+            array.zero,
         )
         for shape, part in zip(shapes, parts, strict=True)
     ]
@@ -209,7 +234,7 @@ def _slice(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequen
         else:
             ties.keep(array, axis, note_on(equation, "takes channels by number"))
             labels.append(unmoved(extent))
-    return [Axes(shape, tuple(labels), array.weights)]
+    return [Axes(shape, tuple(labels), array.zero)]
 
 
 @rule("pad")
@@ -226,8 +251,8 @@ def _pad(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequence
             continue
         labels.append(np.pad(array.fixed(axis), (low, high)))
     filled = equation.inputs[1]
-    zero = isinstance(filled, jex.Literal) and not np.any(filled.val)
-    return [Axes(shape, tuple(labels), array.weights and zero)]
+    zeros = isinstance(filled, jex.Literal) and not np.any(filled.val)
+    return [Axes(shape, tuple(labels), array.zero if zeros else None)]
 
 
 @rule("gather")
@@ -264,7 +289,7 @@ def _dynamic_slice(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -
             continue
         ties.keep(array, axis, note_on(equation, "takes channels by number"))
         labels.append(unmoved(extent))
-    return [Axes(shape, tuple(labels), array.weights)]
+    return [Axes(shape, tuple(labels), array.zero)]
 
 
 @rule("dynamic_update_slice")

@@ -28,22 +28,32 @@ class Axes:
     Attributes:
         shape: its shape.
         labels: for each axis.
-        weights: it is made of the network's variables alone, so that it is zero where those are.
+        zero: for each axis, whether the array is zero at an index as soon as the variables of its channel are; None unless it is
+            made of the network's variables and of numbers alone.
     """
 
     shape: tuple[int, ...]
     labels: tuple[Labels, ...]
-    weights: bool = False
+    zero: tuple[bool, ...] | None = None
 
     @classmethod
-    def whole(cls, shape: Sequence[int], *, weights: bool = False) -> "Axes":
+    def whole(cls, shape: Sequence[int]) -> "Axes":
         """An array no index of which can go."""
-        return cls(tuple(shape), tuple(np.zeros(n, np.int64) for n in shape), weights)
+        return cls(tuple(shape), tuple(np.zeros(n, np.int64) for n in shape))
 
     @classmethod
-    def free(cls, shape: Sequence[int], *, weights: bool = False) -> "Axes":
+    def free(cls, shape: Sequence[int]) -> "Axes":
         """An array as long as the network wants it."""
-        return cls(tuple(shape), (None,) * len(shape), weights)
+        return cls(tuple(shape), (None,) * len(shape))
+
+    @property
+    def weights(self) -> bool:
+        """Whether it is made of the network's variables and of numbers alone."""
+        return self.zero is not None
+
+    def vanishes(self, axis: int) -> bool:
+        """Whether the array is zero along an axis where variables are; never so where it was repeated along it."""
+        return self.zero is not None and self.zero[axis] and self.labels[axis] is not None
 
     def fixed(self, axis: int) -> np.ndarray:
         """Labels of an axis, zeros if it has none."""
@@ -84,6 +94,8 @@ class Ties:
         inexact: labels, and why the others change when one of them goes.
         kept_whole: labels that an operation keeps, and why; they are one with 0 as if they were in `joins`.
         drawn: where random numbers are drawn.
+        counted: extents, in order, of axes without labels that are summed over or otherwise run over: a number of channels that a
+            network takes of an array of ones becomes a value there.
         read_inside: labels of what weights read in a program inside of an equation (a loop, a conditional), and where.
     """
 
@@ -94,6 +106,7 @@ class Ties:
         self.inexact: list[tuple[np.ndarray, Note]] = []
         self.kept_whole: list[tuple[np.ndarray, Note]] = []
         self.drawn: list[Note] = []
+        self.counted: list[int] = []
         self.read_inside: list[tuple[np.ndarray, Note]] = []
 
     def fresh(self, count: int) -> np.ndarray:
@@ -108,17 +121,19 @@ class Ties:
         Args:
             first: labels `[extent]`.
             second: likewise.
-            note: reported if one of the axes can lose nothing, so that the other cannot either.
+            note: reported where an index of one of the axes must stay, so that that of the other must too.
         """
         if first is None or second is None:
             return second if first is None else first
         if first is not second:
-            differ = first != second
+            stays = (first == 0) != (second == 0)
+            if note is not None and stays.any():
+                self.kept_whole.append((np.maximum(first, second)[stays], note))
+                differ = (first != second) & ~stays
+            else:
+                differ = first != second
             if differ.any():
-                if note is not None and not (first.any() and second.any()):
-                    self.kept_whole.append((first if first.any() else second, note))
-                else:
-                    self.joins.append((first[differ], second[differ]))
+                self.joins.append((first[differ], second[differ]))
         return first
 
     def join_all(self, arrays: Sequence[Axes], note: Note | None = None) -> tuple[Labels, ...]:
@@ -144,6 +159,12 @@ class Ties:
             self.kept_whole.append((found, note))
         else:
             self.join(np.zeros_like(found), found)
+
+    def count(self, *axes: tuple[Axes, int]) -> None:
+        """An equation runs over an axis that each of these arrays has, each with the number that it has there."""
+        array, axis = axes[-1]
+        if array.shape[axis] > 1 and all(a.labels[i] is None for a, i in axes):
+            self.counted.append(array.shape[axis])
 
     def mark(self, array: Axes, axis: int, note: Note) -> None:
         """An index that goes changes the values of those that stay."""
@@ -270,4 +291,5 @@ def consumed(equation: FlatEquation, inputs: Sequence[Axes]) -> list[tuple[int, 
 
 def of_literal(literal: Any) -> Axes:
     """A number written into the program."""
-    return Axes.whole(np.shape(literal.val), weights=True)
+    shape = np.shape(literal.val)
+    return dataclasses.replace(Axes.whole(shape), zero=(False,) * len(shape))
