@@ -92,6 +92,37 @@ class Concatenated(nn.Module):
         return self.head(nn.relu(self.hidden(x.reshape(x.shape[0], -1))))
 
 
+class Layer(nn.Module):
+    """A layer of a transformer."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm(name="norm1")(x)
+        x = x + nn.MultiHeadDotProductAttention(self.heads, name="attention")(y)
+        y = nn.LayerNorm(name="norm2")(x)
+        y = nn.gelu(nn.Dense(4 * x.shape[-1], name="up")(y))
+        return x + nn.Dense(x.shape[-1], name="down")(y)
+
+
+class Transformer(nn.Module):
+    """A vision transformer."""
+
+    width: int
+    depth: int = 2
+    heads: int = 2
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(self.width, (8, 8), strides=8, name="patches")(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x + self.param("places", nn.initializers.normal(), (1, 16, self.width))
+        for i in range(self.depth):
+            x = Layer(self.heads, name=f"layer{i}")(x)
+        return nn.Dense(10, name="head")(nn.LayerNorm(name="norm")(x).mean(1))
+
+
 def resnet(sizes, block, stem, widths):
     return ResNet(sizes, block, widths=widths, stem_features=stem)
 
@@ -115,6 +146,8 @@ SCALED = {
     "MobileNetV2": (mobilenet_v2(width=2.0), 0.5, 8, None, mobilenet_v2()),
     "foreign stream": (Narrow(16), 0.5, 4, None, Narrow(8)),
     "foreign stream, wider": (Narrow(8), 2.0, 4, None, Narrow(16)),
+    "transformer": (Transformer(16, heads=4), 0.5, 4, None, Transformer(8, heads=4)),
+    "transformer, wider": (Transformer(16), 2.0, 8, None, Transformer(32)),
     "foreign branches": (Concatenated(16), 0.25, 4, None, Concatenated(4)),
 }  # fmt: skip
 

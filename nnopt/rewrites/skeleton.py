@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -139,7 +139,7 @@ class ScaleWidth(Widths):
     """Every convolution and dense layer but the last, `factor` times as wide.
 
     Before -> after with a factor of 1/2: `Conv(64) -> Conv(32)`, its batch norm and what reads it likewise. Numbers of groups stay
-    as they are, those of depthwise convolutions follow their channels.
+    as they are, those of depthwise convolutions follow their channels. Of attention the heads become narrower, and stay as many.
 
     Attributes:
         factor: of the number of channels.
@@ -161,15 +161,15 @@ class ScaleWidth(Widths):
         _check_factor(self, "factor")
         _check_multiple(self, self.multiple)
         chosen = select(groups.sites, self.keep).paths if self.keep is not None else ()
-        return {
-            name: self._size(group)
-            for name, group in groups.items()
-            if not any(maker.module in chosen for maker in group.makers)
-        }
+        names = [n for n, g in groups.items() if not any(m.module in chosen for m in g.makers)]
+        scaled = _one_for_each_variable(groups, names)
+        left = (groups[n] for n in names if n not in scaled)
+        heads = {maker.leaf: len(maker.indices) for group in left for maker in group.makers}
+        return {n: self._size(groups[n], heads.get(groups[n].makers[0].leaf, 1)) for n in scaled}
 
-    def _size(self, group: ChannelGroup) -> int:
-        # A convolution in groups makes several outputs for each channel of its group.
-        each = len(group.makers[0].indices) // group.size
+    def _size(self, group: ChannelGroup, heads: int) -> int:
+        # A convolution in groups makes several outputs for each channel of its group, and so does attention, one for each head.
+        each = len(group.makers[0].indices) // group.size * heads
         wanted = _scaled(group.name, group.size * each, self.factor)
         multiple = self.multiple if group.size * each % self.multiple == 0 else 1
         if wanted < 0.5 * each:
@@ -205,7 +205,7 @@ class Bottleneck(Widths):
         _check_factor(self, "z")
         _check_multiple(self, self.multiple)
         found = {}
-        for name in inner_groups(groups):
+        for name in _one_for_each_variable(groups, inner_groups(groups)):
             size = int(_scaled(name, groups[name].size, self.z) + 1e-9)
             if size < 1:
                 raise RewriteError(
@@ -241,7 +241,7 @@ class ScaleProfile(Widths):
                     f"ScaleProfile: width {number} of the profile is {width!r}; widths are positive whole numbers"
                 )
         _check_factor(self, "factor")
-        names = inner_groups(groups)
+        names = _one_for_each_variable(groups, inner_groups(groups))
         if len(names) != len(self.profile):
             raise RewriteError(
                 f"the profile has {len(self.profile)} widths, and {type(groups.sites.net).__name__} has {len(names)} inner ones "
@@ -255,6 +255,18 @@ class ScaleProfile(Widths):
                     f"a width of {width} x {self.factor} leaves {name!r} without channels; give a larger factor"
                 )
         return found
+
+
+def _one_for_each_variable(groups: ChannelGroups, names: Sequence[str]) -> list[str]:
+    """Of these groups those that widths are scaled by: where variables make channels along several axes, those of the last.
+
+    A query of attention has a kernel `[features, heads, features of a head]`: scaled along both it would follow the factor twice.
+    """
+    last: dict[Path, int] = {}
+    for name in names:
+        for maker in groups[name].makers:
+            last[maker.leaf] = max(last.get(maker.leaf, 0), maker.axis)
+    return [n for n in names if any(m.axis == last[m.leaf] for m in groups[n].makers)]
 
 
 def inner_groups(groups: ChannelGroups) -> list[str]:
