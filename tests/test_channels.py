@@ -19,7 +19,13 @@ from nnopt.core import Example, carry, from_record, rewrite, sites, to_record
 from nnopt.core.channel_shapes import runs_of
 from nnopt.core.channels import channel_groups
 from nnopt.costs import macs, parameters
-from nnopt.errors import BudgetError, RewriteError, SelectionError, UnsupportedNetworkError
+from nnopt.errors import (
+    BudgetError,
+    PruneError,
+    RewriteError,
+    SelectionError,
+    UnsupportedNetworkError,
+)
 from nnopt.networks import NAMES, named
 from nnopt.rewrites import (
     at_random,
@@ -569,6 +575,8 @@ def test_removals_add_up():
         ({"count": 1, "fraction": 0.5}, "give one of"),
         ({"fraction": 1.0}, "fraction of 1.0"),
         ({"fraction": -0.1}, "fraction of -0.1"),
+        ({"fraction": "0.3"}, "fraction of '0.3' cannot be removed; give one from"),
+        ({"budget": "400K"}, "budget of '400K' cannot be met; give a finite"),
         ({"count": 10_000}, "10000 channels cannot be removed"),
         ({"budget": 10}, "the smallest network costs"),
         ({"budget": float("nan")}, "a budget of nan"),
@@ -582,6 +590,23 @@ def test_bad_budgets(blocks, options, message):
     _, groups, variables = blocks
     with pytest.raises(BudgetError, match=message):
         weakest(groups, magnitude(groups, variables), **options)
+
+
+def test_bad_variables(blocks):
+    _, groups, variables = blocks
+    params = variables["params"]
+    scale = {"scale": jnp.zeros(3), "bias": jnp.zeros(3)}
+    norm = {**params["block0"], "first": {"kernel": jnp.zeros((3, 3, 8, 3))}, "norm": scale}
+    narrow = {"params": {**params, "block0": norm}}
+    whole = {"params": params}  # statistics are not read
+    for call in (magnitude, batch_norm_scale, lambda g, v: masked(g, {"stem": [0], "block0/first": [1]}, v)):  # fmt: skip
+        with pytest.raises(PruneError, match=r"Blocks: variables '.* are missing; give those of"):
+            call(groups, {"params": {}})
+        with pytest.raises(PruneError, match=r"Blocks: variables 'params/block0/.* and not \("):
+            call(groups, narrow)
+    assert set(magnitude(groups, whole)) == set(groups)
+    with pytest.raises(PruneError, match="no norm of order 3; give 1 or 2"):
+        magnitude(groups, variables, 3)
 
 
 def test_bad_scores(blocks):

@@ -40,6 +40,8 @@ from nnopt.rewrites import (
     prune,
 )
 from nnopt.rewrites.family import parameters_resized
+from nnopt.rewrites.skeleton import resize_groups
+from nnopt.search.pruning import inner_widths
 
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 KEY = jax.random.key(0)
@@ -121,6 +123,28 @@ class Transformer(nn.Module):
         for i in range(self.depth):
             x = Layer(self.heads, name=f"layer{i}")(x)
         return nn.Dense(10, name="head")(nn.LayerNorm(name="norm")(x).mean(1))
+
+
+class Perceptron(nn.Module):
+    """A residual block of dense layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(x.shape[-1], name="down")(nn.relu(nn.Dense(64, name="up")(x)))
+
+
+class Perceptrons(nn.Module):
+    """A network of them, for vectors."""
+
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(self.width, name="stem")(x)
+        for i in range(self.depth):
+            x = Perceptron(name=f"layer{i}")(x)
+        return nn.Dense(10, name="head")(x)
 
 
 def resnet(sizes, block, stem, widths):
@@ -215,6 +239,35 @@ def test_fewer_blocks_have_the_parameters_of_the_shallower_network(depth, of):
     assert macs(made, IMAGE) == macs(native, IMAGE)
 
 
+@pytest.mark.parametrize(
+    ("net", "example"),
+    [(Transformer(16, 4), IMAGE), (Perceptrons(16, 4), jax.ShapeDtypeStruct((1, 7), jnp.float32))],
+    ids=["transformer", "perceptrons"],
+)
+def test_blocks_of_dense_layers(net, example):
+    """Fewer of them, narrower inside, and as wide as a list says."""
+    for rule, blocks, inner in (
+        (ScaleDepth(0.5), 2, 64),
+        (Bottleneck(0.25), 4, 16),
+        (ScaleProfile(tuple(inner_widths(net, example)), 0.5), 4, 32),
+    ):
+        made = rewrite(net, rule, example=example)
+        specs = jax.eval_shape(made.init, KEY, jnp.zeros(example.shape))["params"]
+        layers = [k for k in specs if k.startswith("layer")]
+        assert len(layers) == blocks
+        assert {specs[k]["up"]["kernel"].shape for k in layers} == {(16, inner)}
+        attention = [specs[k]["attention"]["query"]["kernel"].shape for k in layers if "attention" in specs[k]]  # fmt: skip
+        assert all(shape == (16, 2, 8 * inner // 64) for shape in attention)
+    assert len(rewrite(net, ScaleDepth(drop=("layer1",)), example=example).patch.items()) == 1
+
+
+def test_networks_without_blocks():
+    message = r"VGG has no module that adds a branch of convolutions or dense .*ScaleDepth\(drop="
+    for rule in (ScaleDepth(0.5), Bottleneck(0.5)):
+        with pytest.raises(SelectionError, match=message):
+            rewrite(VGG(), rule, example=IMAGE)
+
+
 def test_blocks_that_go_are_spread_over_a_stage():
     made = rewrite(WideResNet(40, 2.0), ScaleDepth(0.5), example=IMAGE)
     dropped = [p for p, m in made.patch.items() if type(m).__name__ == "Identity"]
@@ -242,6 +295,7 @@ def test_depth_of_other_networks(name):
         (ScaleDepth(NAN), RewriteError, "ScaleDepth: factor=nan; "),
         (ScaleDepth("all"), RewriteError, "ScaleDepth: factor='all'; "),
         (ScaleDepth(drop=("stage2_block0",)), RewriteError, "'stage2_block0' cannot be dropped"),
+        (ScaleDepth(drop="stage1_block1"), RewriteError, r"drop=\('stage1_block1',\)"),
         (ScaleDepth(drop=("stage9",)), SelectionError, "no module at 'stage9'"),
         (ScaleWidth(0.001, 1), RewriteError, "none of the 16 channels of 'stem'"),
         (ScaleWidth(-1.0), RewriteError, "ScaleWidth: factor=-1.0; give a finite number above 0"),
@@ -277,6 +331,16 @@ def test_depth_of_other_networks(name):
 def test_bad_rules(rule, error, message):
     with pytest.raises(error, match=message):
         rewrite(WideResNet(16, 1.0), rule, example=IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("8", "have '8' channels; give a whole"), (8.5, "8.5 channels; give a"), (0, "with 0 channels; keep")],
+)  # fmt: skip
+def test_bad_sizes(size, message):
+    groups = channel_groups(networks.Plain(), networks.IMAGES)
+    with pytest.raises(RewriteError, match=f"'first' would .*{message}"):
+        resize_groups(groups, {"first": size})
 
 
 class WithSide(nn.Module):

@@ -20,6 +20,8 @@ from nnopt.typing import Path
 
 CONVOLUTIONS = ("conv_general_dilated", "nnopt_conv")
 """Names of the primitives that convolve: JAX's own and that of `nnopt.layers.Conv`."""
+LAYERS = (*CONVOLUTIONS, "dot_general")
+"""And those of dense layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Equation:
 
 @dataclasses.dataclass(frozen=True)
 class ResidualAdd:
-    """An addition of two values of the same shape which both depend on the network's input, one through more convolutions.
+    """An addition of two values of the same shape which both depend on the network's input, one through more layers.
+
+    Layers are convolutions, unless `reach` is told otherwise.
 
     Attributes:
         path: the innermost site that adds: the residual block.
@@ -67,13 +71,14 @@ class Reach:
 
 
 def reach(
-    equation: "Equation", before: Sequence[Reach | None]
+    equation: "Equation", before: Sequence[Reach | None], layers: Sequence[str] = CONVOLUTIONS
 ) -> tuple[Reach | None, ResidualAdd | None]:
     """What the outputs of an equation depend on, and the residual addition that it is.
 
     Args:
         equation: any.
         before: what each of its inputs depends on, None for a value that does not depend on the network's input.
+        layers: the primitives that count: `CONVOLUTIONS`, or `LAYERS`, which work on more than images.
 
     Returns:
         The same of its outputs, and None unless the equation adds two images that depend on the input through unequally many
@@ -82,12 +87,13 @@ def reach(
     deepest = max((r for r in before if r), key=lambda r: r.depth, default=None)
     if deepest is None:
         return None, None
-    if equation.primitive in CONVOLUTIONS:
+    if equation.primitive in layers:
         return Reach(deepest.depth + 1, equation.path), None
     inputs = equation.inputs
     if equation.primitive in ("add", "add_any") and all(before):
         a, b = sorted((r for r in before if r), key=lambda r: r.depth)
-        same = inputs[0].shape == inputs[1].shape and len(inputs[0].shape) > 2
+        rank = 2 if "dot_general" in layers else 3
+        same = inputs[0].shape == inputs[1].shape and len(inputs[0].shape) >= rank
         if same and a.depth < b.depth and b.last is not None:
             return deepest, ResidualAdd(equation.path, b.last, a.last)
     return deepest, None
@@ -102,20 +108,37 @@ class Dataflow:
     """
 
     def __init__(self, net: nn.Module, example: Any) -> None:
-        self.equations: list[Equation] = []
-        self.residual_adds: list[ResidualAdd] = []
-        self._open = OpenSites()
         example = Example.of(example)
         with nn.intercept_methods(mark_sites):
             closed, own = example.jaxpr(
                 lambda key, *args, **kwargs: net.init_with_output(rngs(key), *args, **kwargs)[0],
                 jax.random.key(0),
             )
-        jaxpr = closed.jaxpr
-        reaches = [Reach() if i < own else None for i in range(len(jaxpr.invars))]
-        self._run(jaxpr, reaches, 1)
+        self._jaxpr, self._own = closed.jaxpr, own
+        flow = _Flow(CONVOLUTIONS)
+        self.residual_adds = self._adds(flow)
+        self.equations = flow.equations
 
-    def _run(self, jaxpr: Any, inputs: list[Reach | None], repeats: int) -> list[Reach | None]:
+    def residual_adds_over(self, layers: Sequence[str]) -> list[ResidualAdd]:
+        """Additions of a branch with more of these layers, named by their primitives, to a shortcut with fewer."""
+        return self._adds(_Flow(layers))
+
+    def _adds(self, flow: "_Flow") -> list[ResidualAdd]:
+        reaches = [Reach() if i < self._own else None for i in range(len(self._jaxpr.invars))]
+        flow.run(self._jaxpr, reaches, 1)
+        return flow.residual_adds
+
+
+class _Flow:
+    """Goes through a program once, counting layers."""
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        self._layers = layers
+        self._open = OpenSites()
+        self.equations: list[Equation] = []
+        self.residual_adds: list[ResidualAdd] = []
+
+    def run(self, jaxpr: Any, inputs: list[Reach | None], repeats: int) -> list[Reach | None]:
         known = dict(zip(jaxpr.invars, inputs, strict=True))
 
         def look_up(atom: Any) -> Reach | None:
@@ -133,10 +156,10 @@ class Dataflow:
                 body = inner[-1]
                 fitting = before[len(before) - len(body.invars) :]
                 if len(fitting) == len(body.invars):
-                    found = self._run(body, fitting, times)
+                    found = self.run(body, fitting, times)
                     after = found if len(found) == len(after) else after
                 else:
-                    self._run(body, [deepest] * len(body.invars), times)
+                    self.run(body, [deepest] * len(body.invars), times)
             elif not is_mark:
                 equation = Equation(
                     eqn.primitive.name,
@@ -147,7 +170,7 @@ class Dataflow:
                     repeats,
                 )
                 self.equations.append(equation)
-                flows_on, addition = reach(equation, before)
+                flows_on, addition = reach(equation, before, self._layers)
                 after = [flows_on] * len(eqn.outvars)
                 if addition is not None:
                     self.residual_adds.append(addition)

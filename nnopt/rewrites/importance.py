@@ -9,13 +9,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.extend import core as jex
 
 from nnopt.core.channels import ChannelGroups, Member
 from nnopt.core.flatten import Value
-from nnopt.errors import UnsupportedNetworkError
-from nnopt.rewrites.prune import Scores, prunable
+from nnopt.errors import PruneError, UnsupportedNetworkError
+from nnopt.rewrites.prune import Scores, leaves_of, prunable
 from nnopt.typing import Variables
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -29,8 +28,13 @@ def magnitude(groups: ChannelGroups, variables: Variables, order: Literal[1, 2] 
         groups: of the network.
         variables: its variables.
         order: 1, or 2 for the root of the sum of squares.
+
+    Raises:
+        PruneError: the variables are not the network's, or the order is another.
     """
-    flat = flatten_dict(dict(variables))
+    if order not in (1, 2):
+        raise PruneError(f"magnitude: there is no norm of order {order!r}; give 1 or 2")
+    flat = leaves_of(groups, variables, (m.leaf for g in groups.values() for m in g.makers))
 
     def total(member: Member) -> np.ndarray:
         weights = np.abs(np.asarray(flat[member.leaf], np.float64)) ** order
@@ -49,13 +53,16 @@ def batch_norm_scale(groups: ChannelGroups, variables: Variables) -> Scores:
     """Sum of the absolute scales that normalisation gives a channel (network slimming, https://arxiv.org/abs/1708.06519).
 
     Groups without a scale are left out.
+
+    Raises:
+        PruneError: the variables are not the network's.
     """
-    flat = flatten_dict(dict(variables))
+    scaled = {n: [m for m in g.members if m.leaf[-1] == "scale"] for n, g in groups.items()}
+    flat = leaves_of(groups, variables, (m.leaf for scales in scaled.values() for m in scales))
     found = {}
-    for name, group in groups.items():
-        scales = [m for m in group.members if m.leaf[-1] == "scale"]
+    for name, scales in scaled.items():
         if scales:
-            found[name] = score = np.zeros(group.size)
+            found[name] = score = np.zeros(groups[name].size)
             for member in scales:
                 values = np.abs(np.asarray(flat[member.leaf], np.float64))
                 np.add.at(score, member.channels, values[member.indices])
@@ -90,8 +97,9 @@ def gated(
 
     Raises:
         UnsupportedNetworkError: weights read an array whose first axis is not the batch.
+        PruneError: the variables are not the network's.
     """
-    leaves = flatten_dict(dict(variables))
+    leaves = leaves_of(groups, variables, groups.leaves)
     inputs = [*arguments, *(jnp.asarray(leaves[leaf]) for leaf in groups.leaves)]
     known: dict[Value, Any] = dict(zip(groups.flat.inputs, inputs, strict=True))
     known |= dict(groups.flat.constants)
@@ -150,7 +158,7 @@ def channel_gradients(
         names: the groups that are to be judged, `prunable(groups)` by default. Units of others may be zero for no reason.
 
     Raises:
-        UnsupportedNetworkError: see `check_derivatives` and `gated`.
+        UnsupportedNetworkError, PruneError: see `check_derivatives` and `gated`.
     """
     check_derivatives(groups, prunable(groups) if names is None else names)
     batch = arguments[0].shape[0]

@@ -9,7 +9,7 @@ variables, report = carry(net, small, variables, example=example, key=key)
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nnopt.core.channels import ChannelGroup, ChannelGroups, Member
 from nnopt.core.paths import path_text
-from nnopt.errors import BudgetError, RewriteError
+from nnopt.errors import BudgetError, PruneError, RewriteError
 from nnopt.rewrites.resize import Extent, Resize
 from nnopt.typing import Path, Variables
 
@@ -93,9 +93,34 @@ def _checked(group: ChannelGroup, channels: Sequence[int], exact: bool) -> np.nd
     return gone
 
 
-def masked(groups: ChannelGroups, removed: Removed, variables: Variables) -> Variables:
-    """The same variables with zeros where channels are to go: what `prune` makes smaller without changing the outputs."""
+def leaves_of(
+    groups: ChannelGroups, variables: Variables, needed: Iterable[Path]
+) -> dict[Path, Any]:
+    """Variables of the network, by their paths.
+
+    Raises:
+        PruneError: one of those needed is not there, or has another shape than the network's.
+    """
     flat = dict(flatten_dict(dict(variables)))
+    for leaf in needed:
+        shape, found = groups.leaves[leaf], getattr(flat.get(leaf), "shape", None)
+        if found != shape:
+            what = "are missing" if leaf not in flat else f"are {found} and not {shape}"
+            raise PruneError(
+                f"{type(groups.sites.net).__name__}: variables {path_text(leaf)!r} {what}; give those of the network that the "
+                "groups of channels are of"
+            )
+    return flat
+
+
+def masked(groups: ChannelGroups, removed: Removed, variables: Variables) -> Variables:
+    """The same variables with zeros where channels are to go: what `prune` makes smaller without changing the outputs.
+
+    Raises:
+        SelectionError, RewriteError: see `prune`.
+        PruneError: the variables are not the network's.
+    """
+    flat = leaves_of(groups, variables, (m.leaf for n in removed for m in groups[n].members))
     for name, channels in removed.items():
         group = groups[name]
         gone = _checked(group, channels, exact=False)
@@ -273,13 +298,15 @@ def weakest(
         raise BudgetError(f"widths cannot be multiples of {multiple}; give a whole number from 1")
     if count is not None and not _whole(count):
         raise BudgetError(f"{count} channels cannot be removed; give a whole number")
-    if budget is not None and not math.isfinite(budget):
-        raise BudgetError(f"a budget of {budget} cannot be met; give a finite number")
+    if budget is not None and not (_number(budget) and math.isfinite(budget)):
+        raise BudgetError(f"a budget of {budget!r} cannot be met; give a finite number")
     names = list(scores)
     order = _order(groups, scores, names, scope)
     every = len(order)
-    if fraction is not None and not 0 <= fraction < 1:
-        raise BudgetError(f"a fraction of {fraction} cannot be removed; give one from 0 to below 1")
+    if fraction is not None and not (_number(fraction) and 0 <= fraction < 1):
+        raise BudgetError(
+            f"a fraction of {fraction!r} cannot be removed; give one from 0 to below 1"
+        )
     taken = _Taken(groups, names, order, multiple)
     if fraction is not None:
         count = min(round(fraction * every), taken.most)
@@ -305,6 +332,10 @@ def weakest(
         else:
             low = middle + 1
     return taken.first(low)
+
+
+def _number(number: object) -> bool:
+    return isinstance(number, int | float | np.number) and not isinstance(number, bool)
 
 
 def _whole(number: object) -> bool:

@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from nnopt.core import ResidualBlocks, Rewrite, Selector, Site, Sites, select
+from nnopt.core import Dataflow, Rewrite, Selector, Site, Sites, select
 from nnopt.core.channels import ChannelGroup, ChannelGroups, channel_groups_traced
+from nnopt.core.dataflow import LAYERS
 from nnopt.core.example import spec_text
 from nnopt.core.paths import path_text
-from nnopt.errors import RewriteError
+from nnopt.errors import RewriteError, SelectionError
 from nnopt.layers import AtResolution, Identity
 from nnopt.rewrites.resize import Extent, Resize
 from nnopt.typing import Edits, Path
@@ -40,12 +41,15 @@ def resize_groups(groups: ChannelGroups, sizes: Mapping[str, int]) -> Resize:
 
     Raises:
         SelectionError: there is no such group.
-        RewriteError: a size below 1, or above a million.
+        RewriteError: a size that is no whole number, below 1, or above a million.
     """
     kept: dict[tuple[Path, int], np.ndarray] = {}
     grown: dict[tuple[Path, int], int] = {}
-    for name, size in sizes.items():
+    for name, wanted in sizes.items():
         group = groups[name]
+        if not (_is_number(wanted) and wanted % 1 == 0):
+            raise RewriteError(f"{name!r} would have {wanted!r} channels; give a whole number")
+        size = int(wanted)
         if size < 1:
             raise RewriteError(f"{name!r} would be left with {size} channels; keep at least one")
         if size > _MOST_CHANNELS:
@@ -185,7 +189,7 @@ class ScaleWidth(Widths):
 class Bottleneck(Widths):
     """The inner width of residual blocks, `z` times what it is: `block(64 -> 64 -> 64)` -> `block(64 -> int(64 z) -> 64)`.
 
-    What only one block has is inner: between its convolutions. The widths of the residual stream stay, as they do when inner
+    What only one block has is inner: between its layers. The widths of the residual stream stay, as they do when inner
     channels are pruned.
 
     Attributes:
@@ -205,7 +209,7 @@ class Bottleneck(Widths):
         _check_factor(self, "z")
         _check_multiple(self, self.multiple)
         found = {}
-        for name in _one_for_each_variable(groups, inner_groups(groups)):
+        for name in scaled_inner_groups(groups):
             size = int(_scaled(name, groups[name].size, self.z) + 1e-9)
             if size < 1:
                 raise RewriteError(
@@ -241,7 +245,7 @@ class ScaleProfile(Widths):
                     f"ScaleProfile: width {number} of the profile is {width!r}; widths are positive whole numbers"
                 )
         _check_factor(self, "factor")
-        names = _one_for_each_variable(groups, inner_groups(groups))
+        names = scaled_inner_groups(groups)
         if len(names) != len(self.profile):
             raise RewriteError(
                 f"the profile has {len(self.profile)} widths, and {type(groups.sites.net).__name__} has {len(names)} inner ones "
@@ -255,6 +259,35 @@ class ScaleProfile(Widths):
                     f"a width of {width} x {self.factor} leaves {name!r} without channels; give a larger factor"
                 )
         return found
+
+
+def residual_blocks(sites: Sites) -> Sites:
+    """The innermost modules that add a branch of convolutions to a shortcut, or, outside of these, one of dense layers.
+
+    Raises:
+        SelectionError: the network has none.
+    """
+    flow = Dataflow(sites.net, sites.example)
+    blocks = {add.path for add in flow.residual_adds if add.path}
+    for add in flow.residual_adds_over(LAYERS):
+        if add.path and not any(add.path[: len(b)] == b for b in blocks if b != add.path):
+            blocks.add(add.path)
+    found = sites.where(lambda s: s.path in blocks)
+    if not len(found):
+        raise SelectionError(
+            f"{type(sites.net).__name__} has no module that adds a branch of convolutions or dense layers to a shortcut; scale its "
+            "width, or name the blocks that go: ScaleDepth(drop=(...))"
+        )
+    return found
+
+
+def scaled_inner_groups(groups: ChannelGroups) -> list[str]:
+    """The inner groups that `Bottleneck` and `ScaleProfile` set: all but the heads of attention, which stay as many.
+
+    Raises:
+        SelectionError: the network has no residual block.
+    """
+    return _one_for_each_variable(groups, inner_groups(groups))
 
 
 def _one_for_each_variable(groups: ChannelGroups, names: Sequence[str]) -> list[str]:
@@ -275,7 +308,7 @@ def inner_groups(groups: ChannelGroups) -> list[str]:
     Raises:
         SelectionError: the network has no residual block.
     """
-    blocks = ResidualBlocks()(groups.sites).paths
+    blocks = residual_blocks(groups.sites).paths
 
     def inside(group: ChannelGroup) -> bool:
         owners = {next((b for b in blocks if m[: len(b)] == b), None) for m in group.modules}
@@ -302,15 +335,19 @@ class ScaleDepth(Rewrite):
         """See `Rewrite`.
 
         Raises:
-            RewriteError: both or neither of factor and drop, a factor outside of 0 to 1, a block to drop that changes the shape, or
-                a factor for blocks that return several arrays.
+            RewriteError: both or neither of factor and drop, a factor outside of 0 to 1, a text in place of paths to drop, a block
+                to drop that changes the shape, or a factor for blocks that return several arrays.
             SelectionError: the network has no residual blocks, or none at a path to drop.
         """
         if (self.factor is None) == (not self.drop):
             raise RewriteError("ScaleDepth takes either a factor or the blocks to drop")
+        if isinstance(self.drop, str):
+            raise RewriteError(
+                f"ScaleDepth: drop={self.drop!r} is one text; give a tuple of paths, such as drop=({self.drop!r},)"
+            )
         if self.factor is not None:
             _check_factor(self, "factor", 1.0)
-            return {path: Identity() for path in self._spread(ResidualBlocks()(sites))}
+            return {path: Identity() for path in self._spread(residual_blocks(sites))}
         for path in self.drop:
             if not _keeps_shape(sites[path]):
                 raise RewriteError(

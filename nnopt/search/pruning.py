@@ -46,9 +46,9 @@ from nnopt.rewrites import (
     ScaleDepth,
     ScaleProfile,
     ScaleWidth,
-    inner_groups,
     largest_within,
 )
+from nnopt.rewrites.skeleton import scaled_inner_groups
 from nnopt.search.folders import claimed, read_versioned, writing_to
 from nnopt.search.latency import Watcher, latency_against_base
 from nnopt.training import (
@@ -304,7 +304,7 @@ def inner_widths(net: nn.Module, example: Any) -> list[int]:
     """Widths inside of residual blocks, in the order of the network; what `ScaleProfile` takes."""
     groups = channel_groups(net, example)
     found = []
-    for name in inner_groups(groups):
+    for name in scaled_inner_groups(groups):
         maker = groups[name].makers[0]
         found.append(groups.leaves[maker.leaf][maker.axis])
     return found
