@@ -15,7 +15,7 @@ from nnopt.cli.main import main
 from nnopt.core import Example, channel_groups, load_record, save_record, sites
 from nnopt.costs import macs, parameters
 from nnopt.data import load
-from nnopt.errors import BudgetError, ResultFolderError
+from nnopt.errors import BudgetError, PruneError, ResultFolderError
 from nnopt.networks import PreActBlock, ResNet
 from nnopt.rewrites import (
     Bottleneck,
@@ -30,12 +30,16 @@ from nnopt.rewrites import (
 from nnopt.rewrites.family import parameters_resized
 from nnopt.search import latency, pruning
 from nnopt.search.folders import claimed
-from nnopt.training import evaluate_test, load_checkpoint, save_checkpoint
+from nnopt.search.pruning import PruneJob
+from nnopt.training import PruneRecipe, Recipe, evaluate_test, load_checkpoint, save_checkpoint
 
 NET = ResNet((2,), PreActBlock, widths=(8,), stem_features=4)
 INNER = (8, 8)
 IMAGE = Example(jnp.zeros((1, 16, 16, 3)), train=False)
-QUICK = ("--epochs", "1", "--steps", "1", "--at-once", "3")
+QUICK = {
+    "tune": ("--steps", "1", "--at-once", "3"),
+    "scratch": ("--epochs", "1", "--steps", "1", "--at-once", "3"),
+}
 
 
 def small(images):
@@ -80,8 +84,10 @@ def home(tmp_path_factory):
 
 def run(home, folder, *options):
     network = str(home / "network.json")
+    scheme = options[options.index("--scheme") + 1] if "--scheme" in options else "tune"
+    quick = QUICK.get(scheme, ("--epochs", "1"))
     main(
-        ["prune", "--budget", "1.4K", "--network", network, "--out", str(folder), *QUICK, *options]
+        ["prune", "--budget", "1.4K", "--network", network, "--out", str(folder), *quick, *options]
     )
     return json.loads((folder / "result.json").read_text())
 
@@ -213,12 +219,49 @@ def test_a_killed_pruning_resumes(tmp_path, monkeypatch, home):
         (("--learning-rate", "0"), "--learning-rate is 0.0; give a number above 0"),
         (("--learning-rate", "nan"), "--learning-rate is nan; give a number above 0"),
         (("--seed", "-1"), "the seed is -1"),
+        (
+            (
+                "--scheme",
+                "width",
+                "--checkpoint",
+                "nowhere",
+                "--criterion",
+                "l1",
+                "--steps",
+                "7",
+                "--only",
+                "all",
+            ),
+            "scheme width removes no channels of a trained network; leave out --criterion, --steps, --only, --checkpoint, or",
+        ),
+        (
+            ("--scheme", "depth", "--at-once", "9"),
+            "scheme depth removes no channels of a trained network; leave out --at-once,",
+        ),
+        (
+            ("--scheme", "profile", "--profile", "8", "8", "--learning-rate", "3"),
+            "scheme profile removes no channels of a trained network; leave out --learning-rate, or",
+        ),
+        (
+            ("--checkpoint", "there", "--epochs", "3"),
+            "--epochs is of training from scratch, and scheme tune only tunes",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_bad_input(tmp_path, capsys, home, options, message):
     assert message in refused(capsys, run, home, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_jobs_say_how_channels_are_removed_if_they_are():
+    how = PruneRecipe(Recipe(epochs=1))
+    with pytest.raises(PruneError, match="scheme tune removes channels; say how"):
+        PruneJob("tune", 100, Recipe(epochs=1))
+    with pytest.raises(PruneError, match="scheme depth removes no channels; leave pruning out"):
+        PruneJob("depth", 100, Recipe(epochs=1), how)
+    with pytest.raises(PruneError, match="scheme depth starts from random weights; leave out"):
+        pruning.prune_network(PruneJob("depth", 100, Recipe(epochs=1)), NET, DIGITS, None, None, checkpoint="there")  # fmt: skip
 
 
 @pytest.mark.parametrize(

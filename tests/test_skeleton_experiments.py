@@ -13,6 +13,7 @@ from experiments.skeletons import compare, throughput
 from experiments.skeletons.families import SCHEMES, blocks_in_a_stage, members
 from experiments.skeletons.pictures import COLOURS
 from experiments.skeletons.throughput import Point, summary, throughput_at
+from nnopt.backends import XlaBackend
 from nnopt.core import rewrite
 from nnopt.costs import parameters
 from nnopt.data import load
@@ -23,8 +24,17 @@ NET = ResNet((2,), PreActBlock, widths=(16,), stem_features=8)
 IMAGES = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
 
 
-def point(scheme, count, ms, batch=1):
-    return Point(scheme, "", count, 10 * count, batch, "cpu", ms, ms, ms)
+def point(scheme, count, ms, batch=1, backend="xla"):
+    return Point(scheme, "", count, 10 * count, batch, "cpu", backend, ms, ms, ms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Other(XlaBackend):
+    """Another backend."""
+
+    @property
+    def name(self):
+        return "other"
 
 
 def test_families():
@@ -61,6 +71,8 @@ def test_blocks_in_a_stage(name, blocks):
         (throughput.main, ["--batches", "1", "-2"], "--batches is 1 -2; "),
         (throughput.main, ["--points=0"], "--points is 0; "),
         (throughput.main, ["--repeats=0"], "--repeats is 0; "),
+        (throughput.main, ["--backends=gcc"], "no backend is called 'gcc'; there are xla, tvm"),
+        (compare.main, ["--backends=gcc"], "no backend is called 'gcc'; there are xla, tvm"),
         (compare.main, ["--quick", "--network=nothing"], "no network is named 'nothing'"),
         (compare.main, ["--quick", "--network=vgg-16"], "has no module that adds a branch"),
         (compare.main, ["--batches=0"], "--batches is 0; "),
@@ -100,15 +112,20 @@ def test_pictures(tmp_path):
     for schemes in (SCHEMES, compare.SCHEMES):
         assert len({COLOURS[s] for s in schemes}) == len(schemes)
     points = [
-        point(s, n, 8.0 * n / 1e6, b)
+        point(s, n, 8.0 * n / 1e6, b, backend)
+        for backend in ("xla", "tvm")
         for b in (1, 8)
         for s in ("base", *SCHEMES)
         for n in ((1_000_000,) if s == "base" else (250_000, 500_000))
     ]
-    throughput.picture(points, "some-net").savefig(tmp_path / "t.png")
+    drawn = throughput.picture(points, "some-net")
+    titles = [f"some-net, batch {b}, cpu, {n}" for n in ("xla", "tvm") for b in (1, 8)]
+    assert [axes.get_title() for axes in drawn.axes] == titles
+    drawn.savefig(tmp_path / "t.png")
     throughput.write_csv(tmp_path / "t.csv", points)
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     assert len(rows) == len(points)
+    assert [r["backend"] for r in rows] == [p.backend for p in points]
     assert float(rows[0]["images_per_second"]) == pytest.approx(125.0)
 
 
@@ -121,6 +138,7 @@ def test_a_comparison(tmp_path, monkeypatch, capsys):
     digits = dataclasses.replace(digits, train_images=train, test_images=test)
     monkeypatch.setattr(compare, "load", lambda *_: digits)
     monkeypatch.setattr(compare, "network_named", lambda *_: NET)
+    monkeypatch.setattr(compare, "chosen_backends", lambda _: [XlaBackend(), Other()])
     options = [
         "--quick",
         "--network=some-net",
@@ -131,9 +149,10 @@ def test_a_comparison(tmp_path, monkeypatch, capsys):
     compare.main(options)
     base = parameters(NET, jnp.zeros((1, *digits.image_shape)))
     rows = list(csv.DictReader((tmp_path / "compare.csv").read_text().splitlines()))
-    assert [r["scheme"] for r in rows] == ["base", *some]
+    wanted = [(name, scheme) for name in ("xla", "other") for scheme in ("base", *some)]
+    assert [(r["backend"], r["scheme"]) for r in rows] == wanted
     assert int(rows[0]["parameters"]) == base
-    assert all(int(r["parameters"]) <= 0.9 * base + 1 for r in rows[1:])
+    assert all(int(r["parameters"]) <= 0.9 * base + 1 for r in rows if r["scheme"] != "base")
     assert all(0 <= float(r["test_error"]) <= 1 for r in rows)
     assert np.isfinite([float(r["macs"]) for r in rows]).all()
     assert (tmp_path / "compare.png").stat().st_size > 10_000

@@ -4,7 +4,8 @@ python -m experiments.skeletons.compare --quick
 
 Every scheme of `nnopt prune` makes networks of several sizes from one trained base network: prune-and-tune by Fisher information
 and by L1 norms, the shapes these leave trained from scratch, and networks scaled down in depth, width or inner width. All are
-then timed in one interleaved run. A killed run takes up where it stopped. Writes `compare.csv` and `compare.png`.
+then timed on every backend that is there, in one interleaved run on each. A killed run takes up where it stopped. Writes
+`compare.csv` and `compare.png`.
 
 `--quick` compares wide residual networks on the digits, in half an hour on two cores: enough to see every part at work, not to rank
 the schemes. The full recipe (WRN-40-2 on CIFAR-10, 200 epochs each, one channel per 100 steps) is for a GPU and days.
@@ -27,6 +28,7 @@ from experiments.skeletons.families import Member, blocks_in_a_stage, check_coun
 from experiments.skeletons.pictures import curves
 from experiments.skeletons.throughput import Point, timed
 from nnopt.cli.bars import Bars
+from nnopt.cli.measure import chosen_backends
 from nnopt.core import load_record
 from nnopt.core.files import write_whole
 from nnopt.data import Augmentation, load
@@ -45,16 +47,18 @@ from nnopt.training import (
     train_in,
 )
 
-# name -> scheme of `nnopt prune`, criterion
+Points = dict[tuple[str, int], list[Point]]
+"""Backend and batch -> every network, timed."""
+# name -> scheme of `nnopt prune`, criterion of those that prune
 SCHEMES: dict[str, tuple[Any, Any]] = {
-    "depth": ("depth", "fisher"),
-    "width": ("width", "fisher"),
-    "bottleneck": ("bottleneck", "fisher"),
+    "depth": ("depth", None),
+    "width": ("width", None),
+    "bottleneck": ("bottleneck", None),
     "Fisher, tuned": ("tune", "fisher"),
     "L1, tuned": ("tune", "l1"),
     "Fisher, from scratch": ("scratch", "fisher"),
     "L1, from scratch": ("scratch", "l1"),
-    "Fisher profile": ("profile", "fisher"),
+    "Fisher profile": ("profile", None),
 }
 
 
@@ -72,6 +76,8 @@ class CompareCommand:
     """Images in a timed call."""
     data_dir: str | None = None
     """Folder of CIFAR-10; NNOPT_DATA by default."""
+    backends: tuple[str, ...] = ()
+    """xla, tvm; by default those that are installed."""
     seed: int = 0
     """Seed of everything random."""
     out: Annotated[pathlib.Path, tyro.conf.arg(metavar="FOLDER")] = pathlib.Path("results/compare")
@@ -80,6 +86,7 @@ class CompareCommand:
     def run(self) -> None:
         """Makes the networks, times them, prints, draws."""
         self._check()
+        backends = chosen_backends(self.backends)
         console = Console()
         dataset = load("digits") if self.quick else load("cifar10", self.data_dir)
         name = self.network or ("wrn-16-1" if self.quick else "wrn-40-2")
@@ -98,14 +105,15 @@ class CompareCommand:
             rows: list[tuple[str, Member, float]] = []
             for label, (scheme, criterion) in SCHEMES.items():
                 for fraction in self.fractions:
-                    pruning = PruneRecipe(tuning, criterion, steps, at_once)
+                    pruning = criterion and PruneRecipe(tuning, criterion, steps, at_once)
                     job = PruneJob(
                         scheme, round(fraction * whole), recipe, pruning, self.seed,
                         "stem" if scheme == "width" else None, profile if scheme == "profile" else (),
                     )  # fmt: skip
                     place = self.out / f"{label.replace(', ', '-').replace(' ', '-')}-{fraction:g}"
                     console.print(f"{label}, {job.budget:,} parameters", highlight=False)
-                    result = prune_network(job, base, dataset, place, bars, checkpoint=checkpoint)
+                    start = checkpoint if pruning else None
+                    result = prune_network(job, base, dataset, place, bars, checkpoint=start)
                     if label == "Fisher, tuned" and fraction == self.fractions[len(self.fractions) // 2]:  # fmt: skip
                         profile = tuple(result.summary["inner_widths"])
                     net = load_record(place / "network.json")
@@ -115,7 +123,9 @@ class CompareCommand:
             rows.insert(0, ("base", Member("base", "1", base), error))
             family = [member for _, member, _ in rows]
             points = {
-                batch: timed(family, batch, dataset.image_shape, 15, bars) for batch in self.batches
+                (made.name, batch): timed(family, batch, dataset.image_shape, 15, bars, made)
+                for made in backends
+                for batch in self.batches
             }
         errors = [error for *_, error in rows]
         with writing_to(self.out):
@@ -147,29 +157,31 @@ class CompareCommand:
         save_checkpoint(folder / "variables", base, variables)
         return folder / "variables", variables
 
-    def _write(self, errors: Sequence[float], points: dict[int, list[Point]]) -> None:
+    def _write(self, errors: Sequence[float], points: Points) -> None:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        speeds = [f"images_per_second_batch_{b}" for b in points]
-        writer.writerow(["scheme", "fraction", "parameters", "macs", "test_error", *speeds])
-        for i, error in enumerate(errors):
-            here = [p[i] for p in points.values()]
-            first = here[0]
-            writer.writerow([
-                first.scheme, first.detail, first.parameters, first.macs, f"{error:.4f}",
-                *(f"{p.throughput:.1f}" for p in here),
-            ])  # fmt: skip
+        batches = list(dict.fromkeys(batch for _, batch in points))
+        speeds = [f"images_per_second_batch_{b}" for b in batches]
+        writer.writerow(["backend", "scheme", "fraction", "parameters", "macs", "test_error", *speeds])  # fmt: skip
+        for backend in dict.fromkeys(name for name, _ in points):
+            for i, error in enumerate(errors):
+                here = [points[backend, b][i] for b in batches]
+                first = here[0]
+                writer.writerow([
+                    backend, first.scheme, first.detail, first.parameters, first.macs, f"{error:.4f}",
+                    *(f"{p.throughput:.1f}" for p in here),
+                ])  # fmt: skip
         write_whole(self.out / "compare.csv", text.getvalue())
 
 
-def table(errors: Sequence[float], points: dict[int, list[Point]], note: str) -> Table:
+def table(errors: Sequence[float], points: Points, note: str) -> Table:
     """Every network: parameters, error, throughput relative to the base."""
     found = Table(title=note)
     found.add_column("scheme")
     found.add_column("parameters", justify="right")
     found.add_column("error", justify="right")
-    for batch in points:
-        found.add_column(f"x base, batch {batch}", justify="right")
+    for backend, batch in points:
+        found.add_column(f"x base, {backend}, batch {batch}", justify="right")
     for i, error in enumerate(errors):
         here = [p[i] for p in points.values()]
         ratios = [p[i].throughput / p[0].throughput for p in points.values()]
@@ -177,13 +189,13 @@ def table(errors: Sequence[float], points: dict[int, list[Point]], note: str) ->
     return found
 
 
-def figure(errors: Sequence[float], points: dict[int, list[Point]], title: str) -> Any:
-    """Error, and throughput for each batch, against parameters."""
+def figure(errors: Sequence[float], points: Points, title: str) -> Any:
+    """Error, and throughput for each backend and batch, against parameters."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(4.6 * (1 + len(points)), 4.2), layout="constrained")
     panels = {"test error, %": [100 * e for e in errors]}
-    panels |= {f"images / s, batch {b}": [p.throughput for p in here] for b, here in points.items()}
+    panels |= {f"images / s, {n}, batch {b}": [p.throughput for p in here] for (n, b), here in points.items()}  # fmt: skip
     first = next(iter(points.values()))
     for number, (label, values) in enumerate(panels.items()):
         axes = made.add_subplot(1, len(panels), number + 1)

@@ -3,13 +3,14 @@
 python -m experiments.skeletons.throughput
 
 The claim of "A Closer Look at Structured Pruning" (https://arxiv.org/abs/1810.04622): at equal parameters networks scaled down
-run faster than pruned ones. All members of all families are compiled and timed in one interleaved run, at a batch of one and a
-large one, on the platform that JAX finds. Writes `throughput.csv` and `throughput.png`.
+run faster than pruned ones. On every backend that is there all members of all families are compiled and timed in one interleaved
+run, at a batch of one and a large one, on the platform that JAX finds. Writes `throughput.csv` and `throughput.png`.
 """
 
 import csv
 import dataclasses
 import io
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -24,8 +25,9 @@ from rich.table import Table
 from experiments.command import run
 from experiments.skeletons.families import PRUNED, SCHEMES, Member, check_counts, members
 from experiments.skeletons.pictures import curves
-from nnopt.backends import compile_network, measure
+from nnopt.backends import Backend, compile_network, measure
 from nnopt.cli.bars import Bars
+from nnopt.cli.measure import chosen_backends
 from nnopt.core import Example
 from nnopt.core.files import write_whole
 from nnopt.costs import macs, parameters
@@ -45,6 +47,7 @@ class Point:
         macs: of one image.
         batch: images in a call.
         platform: as JAX names it.
+        backend: that compiled it.
         median_ms: of a call.
         low_ms: lower quartile.
         high_ms: upper quartile.
@@ -56,6 +59,7 @@ class Point:
     macs: int
     batch: int
     platform: str
+    backend: str
     median_ms: float
     low_ms: float
     high_ms: float
@@ -80,6 +84,8 @@ class ThroughputCommand:
     """Interleaved rounds, at least."""
     data: str = "digits"
     """Where the images come from that Fisher information is of: digits, cifar10."""
+    backends: tuple[str, ...] = ()
+    """xla, tvm; by default those that are installed."""
     out: Annotated[pathlib.Path, tyro.conf.arg(metavar="FOLDER")] = pathlib.Path(
         "results/skeletons"
     )
@@ -88,6 +94,7 @@ class ThroughputCommand:
     def run(self) -> None:
         """Compiles, times, prints, draws."""
         check_counts(batches=self.batches, points=self.points, repeats=self.repeats)
+        backends = chosen_backends(self.backends)
         console = Console()
         dataset = load(self.data)
         images, labels = minibatch(dataset, 64, jax.random.key(0))
@@ -99,20 +106,28 @@ class ThroughputCommand:
             self.out.mkdir(parents=True, exist_ok=True)
         points = []
         with Bars(console) as bars:
-            for batch in self.batches:
-                points += timed(family, batch, images.shape[1:], self.repeats, bars)
+            for made in backends:
+                for batch in self.batches:
+                    points += timed(family, batch, images.shape[1:], self.repeats, bars, made)
         with writing_to(self.out):
             write_csv(self.out / "throughput.csv", points)
             picture(points, self.network).savefig(self.out / "throughput.png", dpi=130)
-        for batch in self.batches:
-            console.print(summary([p for p in points if p.batch == batch], batch))
+        for made in backends:
+            for batch in self.batches:
+                here = [p for p in points if (p.backend, p.batch) == (made.name, batch)]
+                console.print(summary(here, batch))
         console.print(
             f"{self.out / 'throughput.csv'}, {self.out / 'throughput.png'}", highlight=False
         )
 
 
 def timed(
-    family: Sequence[Member], batch: int, image: tuple[int, ...], repeats: int, bars: Bars
+    family: Sequence[Member],
+    batch: int,
+    image: tuple[int, ...],
+    repeats: int,
+    bars: Bars,
+    backend: Backend,
 ) -> list[Point]:
     """Compiles networks and times them in one interleaved run.
 
@@ -122,20 +137,24 @@ def timed(
         image: shape of one.
         repeats: rounds, at least.
         bars: shows how it gets on.
+        backend: compiles them. Each is timed by itself, for the threads of two would wait for each other.
+
+    Raises:
+        BackendError: it cannot compile a network.
     """
     one = Example(jnp.zeros((1, *image)))
     example = Example(jax.ShapeDtypeStruct((batch, *image), jnp.float32))
-    bars.phase(f"compiling, batch {batch}", len(family))
+    bars.phase(f"compiling, {backend.name}, batch {batch}", len(family))
     compiled: dict[str, Any] = {}
     for i, member in enumerate(family):
         fresh = member.net.lazy_init(jax.random.key(0), *one.args)
-        compiled[str(i)] = compile_network(member.net, fresh, example)
+        compiled[str(i)] = compile_network(member.net, fresh, example, backend=backend)
         bars.advance(member.scheme)
     started: list[int] = []
 
     def on_progress(done: int, total: int) -> None:
         if not started:
-            bars.phase(f"timing, batch {batch}", total)
+            bars.phase(f"timing, {backend.name}, batch {batch}", total)
             started.append(total)
         bars.advance()
 
@@ -143,14 +162,14 @@ def timed(
     return [
         Point(
             m.scheme, m.detail, parameters(m.net, one), macs(m.net, one), batch, jax.default_backend(),
-            times[str(i)].median_ms, times[str(i)].low_ms, times[str(i)].high_ms,
+            backend.name, times[str(i)].median_ms, times[str(i)].low_ms, times[str(i)].high_ms,
         )
         for i, m in enumerate(family)
     ]  # fmt: skip
 
 
 def write_csv(path: pathlib.Path, points: Sequence[Point]) -> None:
-    """One row for each network and batch."""
+    """One row for each network, batch and backend."""
     text = io.StringIO()
     names = [f.name for f in dataclasses.fields(Point)]
     writer = csv.writer(text, lineterminator="\n")
@@ -174,7 +193,7 @@ def summary(points: Sequence[Point], batch: int) -> Table:
     (base,) = [p for p in points if p.scheme == "base"]
     fractions = (0.75, 0.5, 0.35, 0.25)
     table = Table(
-        title=f"Batch {batch}, {base.platform}: throughput over that of the base ({base.throughput:,.0f} images/s)",
+        title=f"Batch {batch}, {base.platform}, {base.backend}: throughput over that of the base ({base.throughput:,.0f} images/s)",
         caption="at fractions of the base's parameters, by interpolation",
     )
     table.add_column("scheme")
@@ -195,14 +214,17 @@ def summary(points: Sequence[Point], batch: int) -> Table:
 
 
 def picture(points: Sequence[Point], network: str) -> Any:
-    """Throughput against parameters, a panel for each batch."""
+    """Throughput against parameters, a row of panels for each backend and a column for each batch."""
     from matplotlib.figure import Figure
 
-    batches = sorted({p.batch for p in points})
-    figure = Figure(figsize=(5.4 * len(batches), 4.4), layout="constrained")
-    for i, batch in enumerate(batches):
-        axes = figure.add_subplot(1, len(batches), i + 1)
-        here = [p for p in points if p.batch == batch]
+    batches, backends = (
+        sorted({p.batch for p in points}),
+        list(dict.fromkeys(p.backend for p in points)),
+    )
+    figure = Figure(figsize=(5.4 * len(batches), 4.4 * len(backends)), layout="constrained")
+    for i, (backend, batch) in enumerate(itertools.product(backends, batches)):
+        axes = figure.add_subplot(len(backends), len(batches), i + 1)
+        here = [p for p in points if (p.backend, p.batch) == (backend, batch)]
         curves(axes, SCHEMES, [(p.scheme, p.parameters, p.throughput) for p in here])
         axes.set_ylabel("images / s")
         axes.set_xscale("log")
@@ -213,7 +235,7 @@ def picture(points: Sequence[Point], network: str) -> Any:
         ]
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
-        axes.set_title(f"{network}, batch {batch}, {here[0].platform}", fontsize=10)
+        axes.set_title(f"{network}, batch {batch}, {here[0].platform}, {backend}", fontsize=10)
         if i == 0:
             axes.legend(fontsize=8, title="solid: scaled, dashed: pruned", title_fontsize=8)
     return figure

@@ -38,21 +38,22 @@ class PruneCommand:
     network: str = "wrn-16-1"
     """Base network, such as wrn-40-2, resnet-18, or the path of a network record; an unknown name lists them all."""
     checkpoint: pathlib.Path | None = None
-    """Folder of a checkpoint of the base network's trained variables."""
+    """Folder of a checkpoint of the base network's trained variables, for schemes tune and scratch."""
     data: str = "digits"
     """Data set: digits (embedded), cifar10 or cifar100."""
     data_dir: str | None = None
     """Folder of the data set's files; NNOPT_DATA by default."""
-    criterion: Literal["fisher", "taylor", "l1", "l2", "batch_norm", "random"] = "fisher"
-    """Which channel goes: the one with the least Fisher information, ..."""
-    steps: int = 100
-    """Minibatches between removals."""
-    at_once: int = 1
-    """Channels that go at a removal."""
-    only: Literal["inner", "all"] = "inner"
-    """Which channels may go: those inside residual blocks, or any."""
-    learning_rate: float = 8e-4
-    """While pruning; the rate with which training ended."""
+    criterion: Literal["fisher", "taylor", "l1", "l2", "batch_norm", "random"] | None = None
+    """Which channel goes: by default fisher, the one with the least Fisher information. Schemes tune and scratch, as all until
+    --learning-rate."""
+    steps: int | None = None
+    """Minibatches between removals, by default 100."""
+    at_once: int | None = None
+    """Channels that go at a removal, by default 1."""
+    only: Literal["inner", "all"] | None = None
+    """Which channels may go: those inside residual blocks, by default, or any."""
+    learning_rate: float | None = None
+    """While pruning; by default 8e-4, the rate with which training ended."""
     keep: str | None = None
     """A module that scheme width leaves as wide as it is: stem, for wide residual networks."""
     profile: tuple[int, ...] = ()
@@ -76,8 +77,9 @@ class PruneCommand:
             raise SearchError(f"the seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
         if self.epochs is not None and self.epochs < 1:
             raise PruneError(f"--epochs is {self.epochs}; give 1 or more")
-        if not 0 < self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise PruneError(f"--learning-rate is {self.learning_rate}; give a number above 0")
+        self._check_all_are_read()
         budget = parse_budget(self.budget)
         dataset = load(self.data, self.data_dir)
         base = load_network(self.network, len(dataset.classes))
@@ -91,23 +93,50 @@ class PruneCommand:
         _print(console, result.summary, self.scheme)
         console.print(f"Everything: {result.folder}", soft_wrap=True)
 
-    def _recipes(self, data: str) -> "tuple[Recipe, PruneRecipe]":
+    def _pruning(self) -> dict[str, Any]:
+        """What is given of how channels are removed, by the names of `PruneRecipe`."""
+        given = {name: getattr(self, name) for name in ("criterion", "steps", "at_once", "only")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _check_all_are_read(self) -> None:
+        """Refuses options that the scheme does not look at: whoever gives one believes that it does something."""
+        from nnopt.errors import PruneError
+        from nnopt.search.pruning import PRUNING
+
+        if self.scheme in PRUNING:
+            if self.scheme == "tune" and self.checkpoint is not None and self.epochs is not None:
+                raise PruneError(
+                    "--epochs is of training from scratch, and scheme tune only tunes what --checkpoint holds; leave one out"
+                )
+            return
+        unread = [*self._pruning()]
+        unread += [n for n in ("learning_rate", "checkpoint") if getattr(self, n) is not None]
+        if unread:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+            raise PruneError(
+                f"scheme {self.scheme} removes no channels of a trained network; leave out {flags}, or take scheme tune or scratch"
+            )
+
+    def _recipes(self, data: str) -> "tuple[Recipe, PruneRecipe | None]":
         from nnopt.data import Augmentation
+        from nnopt.search.pruning import PRUNING
         from nnopt.training import QUICK, PruneRecipe, Recipe
 
         small = data == "digits"
         recipe = QUICK if small else Recipe(epochs=20)
         if self.epochs is not None:
             recipe = dataclasses.replace(recipe, epochs=self.epochs)
+        if self.scheme not in PRUNING:
+            return recipe, None
         augmentation = recipe.augmentation if small else Augmentation(pad_mode="constant")
         tuning = Recipe(
             epochs=1,
             batch=recipe.batch,
-            learning_rate=self.learning_rate,
+            learning_rate=8e-4 if self.learning_rate is None else self.learning_rate,
             schedule="constant",
             augmentation=augmentation,
         )
-        return recipe, PruneRecipe(tuning, self.criterion, self.steps, self.at_once, self.only)
+        return recipe, PruneRecipe(tuning, **self._pruning())
 
 
 def _print(console: Console, summary: dict[str, Any], scheme: str) -> None:

@@ -66,6 +66,8 @@ from nnopt.training import (
 from nnopt.typing import Variables
 
 Scheme = Literal["tune", "scratch", "width", "depth", "bottleneck", "profile"]
+PRUNING = ("tune", "scratch")
+"""Schemes that remove channels, of a trained base network; all others scale it and train that alone."""
 FORMAT = "nnopt prune result"
 VERSION = 1
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
@@ -81,7 +83,7 @@ class PruneJob:
             those of `profile` times a factor.
         budget: parameters of the smaller network.
         recipe: how networks are trained from scratch.
-        pruning: how channels are removed.
+        pruning: how channels are removed, for schemes `tune` and `scratch` alone.
         seed: of everything random.
         keep: path of a module that `width` leaves as wide as it is, such as the stem of a wide residual network.
         profile: inner widths, for scheme `profile` alone.
@@ -93,12 +95,21 @@ class PruneJob:
     scheme: Scheme
     budget: int
     recipe: Recipe
-    pruning: PruneRecipe
+    pruning: PruneRecipe | None = None
     seed: int = 0
     keep: str | None = None
     profile: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if (self.pruning is not None) != (self.scheme in PRUNING):
+            raise PruneError(
+                f"scheme {self.scheme} "
+                + (
+                    "removes channels; say how, with pruning=PruneRecipe(...)"
+                    if self.pruning is None
+                    else f"removes no channels; leave pruning out, or take scheme {' or '.join(PRUNING)}"
+                )
+            )
         if self.keep is not None and self.scheme != "width":
             raise PruneError(
                 f"only scheme width keeps a module as wide as it is; leave out --keep {self.keep}, or give --scheme width"
@@ -114,11 +125,11 @@ class PruneJob:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        pruning = {**dataclasses.asdict(self.pruning), "tuning": self.pruning.tuning.to_json()}
+        how = self.pruning
         return {
             **dataclasses.asdict(self),
             "recipe": self.recipe.to_json(),
-            "pruning": pruning,
+            "pruning": how and {**dataclasses.asdict(how), "tuning": how.tuning.to_json()},
             "profile": list(self.profile),
         }
 
@@ -157,13 +168,19 @@ def prune_network(
         dataset: what it is trained and tested on.
         folder: where results go.
         watcher: is told how it gets on.
-        checkpoint: of the trained base network's variables; it is trained here if None.
+        checkpoint: of the trained base network's variables, for schemes `tune` and `scratch` alone; it is trained here if None.
 
     Raises:
+        PruneError: a checkpoint for a scheme that trains a smaller network from scratch.
         BudgetError: no network of this kind is so small.
         UnsupportedNetworkError: the network does not run on the images.
         ResultFolderError, CheckpointError: see `claim_folder` and `load_checkpoint`; or `result.json` is damaged.
     """
+    if checkpoint is not None and job.pruning is None:
+        raise PruneError(
+            f"scheme {job.scheme} starts from random weights; leave out the checkpoint {checkpoint}, or take scheme "
+            f"{' or '.join(PRUNING)}"
+        )
     settings = {
         **job.to_json(),
         "network": fingerprint(base),
@@ -203,8 +220,8 @@ def _made(
     rows: list[PruneRow] = []
     variables: Variables | None = None
     base_variables: Variables = base.lazy_init(job.key(0), *example.args, **example.kwargs)
-    if job.scheme in ("tune", "scratch"):
-        pruner = _pruner(job, base, dataset)
+    if job.pruning is not None:
+        pruner = _pruner(job, job.pruning, base, dataset)
         base_variables = _base(job, base, base_variables, dataset, place, watcher, checkpoint)
         small, variables, rows = _pruned(job, pruner, base, base_variables, place, watcher)
     else:
@@ -351,13 +368,13 @@ def _base(
     return variables
 
 
-def _pruner(job: PruneJob, base: nn.Module, dataset: Dataset) -> Pruner:
+def _pruner(job: PruneJob, recipe: PruneRecipe, base: nn.Module, dataset: Dataset) -> Pruner:
     """What prunes.
 
     Raises:
         BudgetError: it cannot reach the budget.
     """
-    pruner = Pruner(base, dataset, job.pruning)
+    pruner = Pruner(base, dataset, recipe)
     if (least := pruner.smallest) > job.budget:
         raise BudgetError(
             f"without all channels that can go the network has {least:,} parameters, and the budget is {job.budget:,}; give a "
