@@ -176,6 +176,19 @@ class OwnAttention(nn.Module):
         return nn.Dense(5, name="head")(x.mean(1))
 
 
+class FusedAttention(nn.Module):
+    """Queries, keys and values of all heads made by one product."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        made = nn.Dense(24, name="qkv")(x).reshape(*x.shape[:2], 3, 2, -1)
+        q, k, v = (made[:, :, i] for i in range(3))
+        weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*x.shape[:2], -1)
+        return nn.Dense(5, name="head")(nn.Dense(6, name="out")(y).mean(1))
+
+
 class UNet(nn.Module):
     """Down, up, and what was there before put beside it."""
 

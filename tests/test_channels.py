@@ -28,6 +28,7 @@ from nnopt.errors import (
 )
 from nnopt.networks import NAMES, named
 from nnopt.rewrites import (
+    ScaleWidth,
     at_random,
     batch_norm_scale,
     by_group,
@@ -196,6 +197,26 @@ def test_heads_may_go_exactly_and_their_inside_not():
     net = BY_NAME["Attention"]
     small = rewrite(net, prune(groups, removed, exact=False), example=IMAGES)
     assert parameters(small, IMAGES) == parameters_without(groups, removed)
+
+
+def test_heads_that_cannot_go_are_reported():
+    groups = channel_groups(networks.FusedAttention(), IMAGES)
+    assert {n: (g.size, g.exact) for n, g in groups.items()} == {"qkv": (4, False), "out": (6, True)}  # fmt: skip
+    (note,) = map(str, groups.kept_whole)
+    assert note == "reshape in '.' splits channels into 3 x 2 x 4, of which only those of the last may go"  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.SimpleCell], ids=lambda cell: cell.__name__)
+def test_recurrent_cells_stay_as_wide_as_they_are(cell):
+    net = networks.Recurrent(cell)
+    groups = channel_groups(net, IMAGES)
+    before, inside = groups
+    small = rewrite(net, prune(groups, {before: [1, 2]}), example=IMAGES)
+    assert parameters(small, IMAGES) == parameters_without(groups, {before: [1, 2]})
+    message = f"'{cell.__name__}_0' of Recurrent, a {cell.__name__}, starts from a carry .*; leave its channels as they are"
+    for rule in (prune(groups, {inside: [0]}), ScaleWidth(0.5, 1)):
+        with pytest.raises(RewriteError, match=message):
+            rewrite(net, rule, example=IMAGES)
 
 
 def test_means_over_channels_are_reported():

@@ -130,6 +130,9 @@ def _components(ties: Ties) -> tuple[np.ndarray, tuple[Note, ...]]:
         whole[found[labels]] = True
         if could_go[found[labels]].any():
             reported[note] = None
+    for labels, note in ties.split:
+        if could_go[found[labels]].any():
+            reported[note] = None
     return np.where(whole[found], 0, found + 1), tuple(reported)
 
 

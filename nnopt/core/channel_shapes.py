@@ -61,6 +61,12 @@ def _reshape(ties: Ties, equation: FlatEquation, inputs: Sequence[Axes]) -> Sequ
             [shape[a] for a in after],
             note_on(equation, "merges them with other channels"),
         )
+        # One of two parts is a number of groups; of more, as of a product that makes queries, keys and values of several heads,
+        # others than the last may be meant to go.
+        parts = [shape[a] for a in after if shape[a] > 1]
+        if len(parts) > 2 and len(moving) == 1 and array.shape[moving[0]] == math.prod(parts):
+            why = f"splits channels into {' x '.join(map(str, parts))}, of which only those of the last may go"
+            ties.split.append((array.fixed(moving[0]), note_on(equation, why)))
     return [Axes(shape, tuple(labels), tuple(zero) if array.weights else None)]
 
 

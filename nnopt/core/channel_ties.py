@@ -93,6 +93,7 @@ class Ties:
         made: labels of axes along which weights make channels.
         inexact: labels, and why the others change when one of them goes.
         kept_whole: labels that an operation keeps, and why; they are one with 0 as if they were in `joins`.
+        split: labels, and what splits them so that they can only go many at a time.
         drawn: where random numbers are drawn.
         counted: extents, in order, of axes without labels that are summed over or otherwise run over: a number of channels that a
             network takes of an array of ones becomes a value there.
@@ -105,6 +106,7 @@ class Ties:
         self.joins: list[tuple[np.ndarray, np.ndarray]] = []
         self.inexact: list[tuple[np.ndarray, Note]] = []
         self.kept_whole: list[tuple[np.ndarray, Note]] = []
+        self.split: list[tuple[np.ndarray, Note]] = []
         self.drawn: list[Note] = []
         self.counted: list[int] = []
         self.read_inside: list[tuple[np.ndarray, Note]] = []

@@ -76,7 +76,7 @@ class Resize(Rewrite):
 
         Raises:
             RewriteError: a variable is not in the network, or the network builds other layers, or layers of other widths, when it
-                is narrower; or it is another function, and `exact` is set.
+                is narrower; or it is another function, and `exact` is set. Recurrent cells stay as wide as they are.
         """
         edits = self._edits(sites)
         if self.exact:
@@ -103,6 +103,14 @@ class Resize(Rewrite):
             if not guilty:
                 break
             del around[max(guilty, key=len)]
+        # An edit replaces what a network calls, and `nn.RNN` asks the cell in its own field how wide the first carry is.
+        for site in sites:
+            within = any(p[: len(site.path)] == site.path for p in edits)
+            if isinstance(site.module, nn.RNNCellBase) and within:
+                raise RewriteError(
+                    f"{path_text(site.path)!r} of {type(sites.net).__name__}, a {type(site.module).__name__}, starts from a carry "
+                    "as wide as the network says; leave its channels as they are, or make the network with a smaller cell"
+                )
         raise RewriteError(
             f"{type(sites.net).__name__} does not run at these widths: {problem.why}; leave the channels there as they are"
         )
