@@ -10,7 +10,8 @@ Definition. Row `n` of the Jacobian is the gradient of the sum of all outputs in
     score = sum_c |e_c|                                    up to 100 classes
           = sum_cd | e_c - e_d | / classes                 beyond                             higher is better
 
-A class with a single image has `R = 1`, which adds `log(1 + k)`. Labels are used, the loss is not. A class is a site: `class 3`.
+A class with a single image has `R = 1`, which adds `log(1 + k)` whatever the network. A minibatch of such classes alone would give
+every network the same score, and is refused. Labels are used, the loss is not. A class is a site: `class 3`.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from nnopt.errors import ScoreError
 from nnopt.scores.forward import InputJacobian
 from nnopt.scores.jacob_cov import correlations, jacobian_rows
 from nnopt.scores.network import TracedNetwork
@@ -50,9 +52,18 @@ class EpeNas(Score):
         return {"rows": jacobian_rows(evidence), "labels": evidence[Labels()]}
 
     def value(self, reduced: Mapping[str, np.ndarray], network: TracedNetwork) -> ScoreValue:
-        """See `Score`."""
+        """See `Score`.
+
+        Raises:
+            ScoreError: no two images of the minibatch are of one class.
+        """
         labels = reduced["labels"]
-        classes = np.unique(labels)
+        classes, counts = np.unique(labels, return_counts=True)
+        if counts.max() < 2:
+            raise ScoreError(
+                f"{self} compares images of one class, and each of the {len(labels)} images is alone in its class; "
+                "give a larger minibatch, or one with two images of a class"
+            )
         each = [reduced["rows"][labels == label] for label in classes]
         energies = [np.log(np.abs(correlations(rows)) + self.k).sum() for rows in each]
         parts = np.abs(energies)

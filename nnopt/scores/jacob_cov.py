@@ -67,4 +67,8 @@ def correlations(rows: np.ndarray) -> np.ndarray:
         rows = rows - rows.mean(axis=1, keepdims=True)
         rows = rows / np.abs(rows).max(axis=1, keepdims=True)  # so that no square vanishes
         rows = rows / np.sqrt((rows**2).sum(axis=1, keepdims=True))
-        return np.clip(rows @ rows.T, -1, 1)
+        found = np.clip(rows @ rows.T, -1, 1)
+    # A row correlates with itself perfectly, and not but for rounding.
+    itself = np.diag_indices_from(found)
+    found[itself] = np.where(np.isfinite(found[itself]), 1.0, np.nan)
+    return found
