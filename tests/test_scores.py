@@ -360,8 +360,14 @@ def test_one_image_is_too_few(score):
         (Mlp(), MeCo(), ScoreError, "Mlp has no convolution"),
         (Mlp(), Fisher(), SelectionError, "Mlp has no module that adds"),
         (Small(), Fisher(where="stem"), SelectionError, "'stem' adds no branch"),
-        (Small(), Zico(4), ScoreError, "got 6 images; give a multiple of 4"),
-        (Small(), Zico(1), ScoreError, "give a multiple of 2"),
+        (Small(), Zico(4), ScoreError, "got 6 images; give a multiple of 4, 8 or more"),
+        (
+            Small(),
+            Zico(6),
+            ScoreError,
+            "which ZiCo reads, .* got 6 images; give a multiple of 6, 12 or more",
+        ),
+        (Small(), Zico(1), ScoreError, "got 6 images; give two or more parts"),
     ],
 )
 def test_networks_without_what_is_scored(net, score, error, said):
@@ -371,6 +377,23 @@ def test_networks_without_what_is_scored(net, score, error, said):
     with pytest.raises(error, match=said) as caught:
         scorer_of(net, [score], np.zeros(shape, np.float32), **train)
     assert "\n" not in str(caught.value)
+
+
+def test_classes_of_one_image():
+    """They correlate with nobody: they add one constant, exactly, and alone say nothing of a network."""
+    rows = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
+    for factor in (1, 1e-20, 3e7):
+        found = EpeNas().value({"rows": rows * factor, "labels": np.asarray([3, 0, 3, 7, 4])}, None)
+        alone = [found.sites[f"class {c}"] for c in (0, 4, 7)]
+        assert alone == [abs(math.log(1 + 1e-5))] * 3
+        assert found.sites["class 3"] > 1
+    with pytest.raises(
+        ScoreError, match="each of the 5 images is alone in its class; give a larger"
+    ):
+        EpeNas().value({"rows": rows, "labels": np.arange(5)}, None)
+    rows[1] = 1.0  # constant: it has no correlations, not even with itself
+    found = EpeNas().value({"rows": rows, "labels": np.asarray([3, 0, 3, 7, 4])}, None)
+    assert math.isnan(found.sites["class 0"])
 
 
 class NoKernel(nn.Module):

@@ -18,11 +18,8 @@ import numpy as np
 
 from nnopt.core import (
     Example,
-    Keeps,
     ResidualBlocks,
-    Rewrite,
     Selector,
-    Sites,
     fingerprint,
     select,
     sites,
@@ -32,7 +29,9 @@ from nnopt.core.paths import path_text
 from nnopt.core.rewrite import rewrite_traced
 from nnopt.errors import SelectionError, UnsupportedNetworkError
 from nnopt.scores.cache import keep_compiled_programs
-from nnopt.scores.chain import Chain, Flags, Hole, HoleReverse, Probe, Reverse, hole_p
+from nnopt.scores.chain import Chain, Flags, Hole, HoleReverse, Probe, Reverse
+from nnopt.scores.cut_out import CutOut, Stand, units_of
+from nnopt.scores.minibatch import guarded
 from nnopt.scores.programs import ProgramCache
 from nnopt.scores.units import Initialiser, Unit, trace_unit
 from nnopt.typing import Edits, Path
@@ -134,6 +133,12 @@ class Candidate:
     reverse: Reverse
     reverses: tuple[Reverse | None, ...]
 
+    @property
+    def looked_at(self) -> list[str]:
+        """What is observed, by the paths of the probes."""
+        parts = *self.pieces, self.skeleton
+        return [path_text((*p.path, *probe.path)) for p in parts for probe in p.chain.probes]
+
 
 class Engine(Generic[Result]):
     """Scores networks that share a skeleton.
@@ -178,7 +183,7 @@ class Engine(Generic[Result]):
         self.cache = ProgramCache(device)
         self._platform = (device or jax.devices()[0]).platform
         self._sites = sites(net, self._example)
-        self.units = _units(select(self._sites, ResidualBlocks() if where is None else where))
+        self.units = units_of(select(self._sites, ResidualBlocks() if where is None else where))
         images = self._example.args[0]
         self._batch = images.shape[0]
         self._codes: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
@@ -210,13 +215,22 @@ class Engine(Generic[Result]):
     def candidate(self, edits: Mapping[Path, nn.Module] | None = None) -> Candidate:
         """Makes a network ready: the base network with these modules standing at these paths.
 
-        Units that are new are traced and cut here; programs are compiled when they first run (or by `compile`).
+        Units that are new are traced and cut here; programs are compiled when they first run (or by `prepare`).
+
+        Raises:
+            SelectionError: nothing is left that the score looks at.
+            UnsupportedNetworkError: the loss does not depend on a unit or probe, or the network cannot be run as a chain.
         """
         outside, inside = self._split(edits or {})
         skeleton = self._skeleton(outside)
         pieces = tuple(
             self._piece(path, inside.get(path, self._sites[path].module)) for path in self.units
         )
+        if not any(piece.chain.probes for piece in (skeleton, *pieces)):
+            raise SelectionError(
+                f"{self._look} finds nothing to look at in {type(self._sites.net).__name__}, as edited; "
+                "keep a residual block, or choose a score that needs none"
+            )
         seen: dict[int, tuple[Flags, Flags]] = {}
 
         def fill(index: int, inputs: Flags) -> Flags:
@@ -311,11 +325,11 @@ class Engine(Generic[Result]):
         if ((), code) not in self._pieces:
             edited = rewrite_traced(self._sites, Stand(tuple(edits.items()))) if edits else None
             found = self._sites if edited is None else sites(edited, self._example)
-            skeleton = rewrite_traced(found, _CutOut(self.units))
+            skeleton = rewrite_traced(found, CutOut(self.units))
 
             def summed_loss(outputs: jax.Array, labels: jax.Array) -> jax.Array:
                 # The sum instead of the mean keeps cotangents of order one.
-                return self._loss(outputs, labels) * self._batch
+                return guarded(self._loss)(outputs, labels) * self._batch
 
             initialise = Initialiser(skeleton, self._example, ())
             unit = trace_unit(
@@ -492,82 +506,3 @@ def _move(
     for read, write in zip(reads, writes, strict=True):
         if read is not None and write is not None:
             target[write] = source[read]
-
-
-class _Outputs:
-    """Shapes and structure of what a unit returns; opaque to Flax, which would adopt a pytree."""
-
-    def __init__(self, outputs: Any) -> None:
-        leaves, self.tree = jax.tree.flatten(outputs)
-        self.specs = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-
-    def encoded(self) -> str:
-        """What it is, for fingerprints."""
-        return repr((self.specs, self.tree))
-
-
-class _Cut(nn.Module):
-    """Stands where a unit was cut out."""
-
-    index: int
-    outputs: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arrays = [a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array)]
-        found = hole_p.bind(*arrays, index=self.index, outputs=self.outputs.specs)
-        return jax.tree.unflatten(self.outputs.tree, found)
-
-
-@dataclasses.dataclass(frozen=True)
-class _CutOut(Rewrite):
-    """`unit -> hole`, at each of these paths."""
-
-    keeps = Keeps.OUTPUT_SPEC
-
-    paths: tuple[Path, ...]
-
-    def __call__(self, sites: Sites) -> Edits:
-        return {
-            path: _Cut(i, _Outputs(sites[path].outputs), parent=None)
-            for i, path in enumerate(self.paths)
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Stand(Rewrite):
-    """`m -> module`, at each of these paths."""
-
-    keeps = Keeps.OUTPUT_SPEC
-
-    edits: tuple[tuple[Path, nn.Module], ...]
-
-    def __call__(self, sites: Sites) -> Edits:
-        """See `Rewrite`."""
-        return dict(self.edits)
-
-
-def _units(chosen: Sites) -> tuple[Path, ...]:
-    if not len(chosen):
-        raise SelectionError(
-            "nothing is selected to be cut out; select the sites that differ between candidates"
-        )
-    for site in chosen:
-        text = path_text(site.path)
-        stacked = {"scan", "vmap"} & set(site.lifted)
-        if stacked:
-            raise SelectionError(
-                f"{text!r} stands for several layers stacked by nn.{stacked.pop()}, so it cannot be cut out; write the layers out"
-            )
-        if len(site.calls) != 1 or site.calls[0].method != "__call__":
-            raise SelectionError(
-                f"{text!r} is called {len(site.calls)} times, so it cannot be cut out as one unit"
-            )
-        inner = [
-            p for p in chosen.paths if len(p) > len(site.path) and p[: len(site.path)] == site.path
-        ]
-        if inner or not site.path:
-            below = path_text(inner[0]) if inner else "the network itself"
-            raise SelectionError(
-                f"{text!r} and {below!r} lie inside one another; select one of them"
-            )
-    return chosen.paths

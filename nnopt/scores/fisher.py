@@ -13,6 +13,8 @@ Definition. Let `a [N, H, W, C]` be the probe of a block: the output of its last
 The mean in `L` puts a hidden `1/N^2` into every `Delta`: compare scores only at equal batch size. The score called Fisher in the
 zero-cost proxy literature probes every layer and weights channels by their kernels; it is another score.
 
+A loss that is not finite makes every potential NaN, whatever its gradient is.
+
 A probe that the network calls several times has one gate for all calls: its sum over positions runs over the calls as well.
 
 Computed with gates: multiply the probe by a gate `m [N, C]` of ones. Then `dL/dm_nc = sum_ij a_nijc g_nijc`, so
@@ -36,6 +38,7 @@ from nnopt.core.rewrite import rewrite_traced
 from nnopt.layers import GATES, AddGate
 from nnopt.layers.combinators import after_name
 from nnopt.scores.forward import LossGradient
+from nnopt.scores.minibatch import check_images, check_labels, guarded
 from nnopt.scores.network import TracedNetwork, image_example
 from nnopt.scores.probes import block_probes as block_probes
 from nnopt.scores.reductions import root_sums_of_squares
@@ -154,7 +157,8 @@ class FisherPotential:
             net: any linen network with residual blocks.
             example: an `Example` of the scored batch as the network takes it in training, `Example(images, train=True)`. The
                 images are its first argument and its only array.
-            where: which modules are the blocks; by default every residual block.
+            where: which blocks are scored, and summed; by default every residual block. (`FisherEngine` scores them all, and its
+                `where` says what differs between candidates.)
             loss: `(outputs, labels) -> scalar`, a mean over the batch.
             compiler_options: passed to `jax.jit`.
 
@@ -164,6 +168,7 @@ class FisherPotential:
         """
         self.example = image_example(example, "Fisher potential")
         found = sites(net, self.example)
+        self._outputs = found.outputs
         self.probes = block_probes(found, where)
         at = At(tuple(path_text(p) for p in self.probes.values()))
         self._net = rewrite_traced(found, AddGate(at))
@@ -181,7 +186,7 @@ class FisherPotential:
         self, variables: Variables, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> dict[Path, tuple[jax.Array, jax.Array]]:
         """For each probe `(s, e)` with `mean_n (d sum_n L_n / d m_nc)^2 = s^2 e_c`, `e` of order one."""
-        batch = labels.shape[0]
+        batch = images.shape[0]
 
         def summed_loss(gates: list[jax.Array]) -> jax.Array:
             collection = unflatten_dict(dict(zip(self._gates.values(), gates, strict=True)))
@@ -194,7 +199,7 @@ class FisherPotential:
                 rngs={"dropout": key},
             )
             # The sum instead of the mean keeps gradients of order one; squares of 1e-20 would vanish in float32.
-            return self._loss(outputs, labels) * batch
+            return guarded(self._loss)(outputs, labels) * batch
 
         gradients = jax.grad(summed_loss)([jnp.ones(shape) for shape in self._shapes])
         return {p: _scaled_mean_square(g) for p, g in zip(self._gates, gradients, strict=True)}
@@ -211,15 +216,21 @@ class FisherPotential:
         Args:
             variables: freshly initialised variables of the network.
             images: `[batch, height, width, channels]`, of the example's shape.
-            labels: integer classes `[batch]`.
+            labels: integer classes `[batch]`, or what the loss takes, one for each image.
             key: PRNG key for dropout; a fixed one by default.
 
         Returns:
             The score, summed in float64.
+
+        Raises:
+            ScoreError: images or labels are of another shape, labels are out of range, or the loss is not one number.
         """
+        expected = self.example.args[0]
+        batch = expected.shape[0]
+        check_images(images, expected, "make a FisherPotential for each shape")
+        check_labels(labels, batch, self._outputs, self._loss)
         key = jax.random.key(0) if key is None else key
         energies = jax.device_get(self._energies(variables, images, labels, key))
-        batch = labels.shape[0]
         channels = {}
         for block, probe in self.probes.items():
             scale, energy = energies[probe]
@@ -255,6 +266,7 @@ def fisher_potential(
 
     Raises:
         SelectionError: see `block_probes`.
+        ScoreError: labels are of another shape than the images, or out of range.
     """
     example = Example(images, **({"train": True} if train is None else train))
     return FisherPotential(net, example, where=where, loss=loss)(variables, images, labels)

@@ -8,15 +8,20 @@ from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from nnopt.core import Example, Selector, sites
 from nnopt.core.example import rngs
+from nnopt.core.paths import path_text
 from nnopt.core.rewrite import rewrite_traced
 from nnopt.errors import SelectionError, UnsupportedNetworkError
-from nnopt.scores.engine import Candidate, Engine, EngineStatistics, Stand
+from nnopt.scores.cut_out import Stand
+from nnopt.scores.engine import Candidate, Engine, EngineStatistics
 from nnopt.scores.fisher import FisherPotential, FisherScore, mean_cross_entropy
 from nnopt.scores.lanes import SideBySide
 from nnopt.scores.looks import LookForFisherPotential
+from nnopt.scores.minibatch import check_images, check_labels
+from nnopt.scores.probes import block_probes
 from nnopt.typing import Path
 
 Batch: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -44,12 +49,14 @@ class FisherEngine:
         Args:
             net: any linen network with residual blocks.
             example: an `Example` of the scored batch as the network takes it in training, `Example(images, train=True)`.
-            where: the units that differ between candidates; residual blocks by default.
+            where: the units that may differ between candidates, each of which is cut out; residual blocks by default. It does not
+                say what is scored: that is every residual block, and what has come to stand there.
             loss: `(outputs, labels) -> scalar`, a mean over the batch.
             devices: where to run: `jax.local_devices()`, or a part of it; JAX's default device by default.
 
         Raises:
             SelectionError: the network has no residual block.
+            ScoreError: the loss is not one number.
         """
         self._example = Example.of(example)
         self._loss = loss
@@ -62,10 +69,19 @@ class FisherEngine:
                 Engine(net, self._example, look, loss=loss, where=where, device=device)
                 for device in devices
             ]
-            self.engines[0].candidate()
+            self._check_probes()
         except (SelectionError, UnsupportedNetworkError) as e:
             FisherPotential(net, self._example, loss=loss)  # raises if it cannot be scored at all
             self._give_up(e)
+
+    def _check_probes(self) -> None:
+        """Refuses units that hide a probe of the base network: those cut out of the middle of a block."""
+        seen = set(self.engines[0].candidate().looked_at)
+        hidden = [path_text(b) for b in block_probes(self._sites) if path_text(b) not in seen]
+        if hidden:
+            raise UnsupportedNetworkError(
+                f"a unit is cut out of the middle of the block {hidden[0]!r}, whose probe it hides; select whole blocks"
+            )
 
     @property
     def statistics(self) -> EngineStatistics | None:
@@ -101,14 +117,19 @@ class FisherEngine:
             labels: int32 classes `[batch]`.
             key: the weights are those of `net.init(key, ...)`, so the same unit at the same position has the same weights in every
                 candidate.
+
+        Raises:
+            ScoreError: images or labels are of another shape, or labels out of range.
+            SelectionError: the candidate has no residual block.
         """
+        batch = self._checked(images, labels, key)
         if self.engines:
             try:
                 candidate = self.engines[0].candidate(edits)
-                return self.engines[0].score(candidate, images, labels, key)
+                return self.engines[0].score(candidate, *batch)
             except UnsupportedNetworkError as e:
                 self._give_up(e)
-        return self._whole(edits, images, labels, key)
+        return self._whole(edits, *batch)
 
     def stream(
         self,
@@ -129,7 +150,12 @@ class FisherEngine:
 
         Yields:
             The scores of a candidate, one for each minibatch.
+
+        Raises:
+            ScoreError: images or labels are of another shape, or labels out of range.
+            SelectionError: a candidate has no residual block.
         """
+        batches = [self._checked(*batch) for batch in batches]
         if not self.engines:
             for edits in candidates:
                 yield [self(edits, *batch) for batch in batches]
@@ -162,6 +188,14 @@ class FisherEngine:
         while under_way:
             yield from _finished(under_way.popleft())
 
+    def _checked(self, images: jax.Array, labels: jax.Array, key: jax.Array) -> Batch:
+        """The minibatch, its labels as the programs take them."""
+        expected = self._example.args[0]
+        check_images(images, expected, "make a FisherEngine for each shape", exactly=True)
+        outputs = self._sites.outputs
+        check_labels(labels, expected.shape[0], outputs, self._loss, classes=True)
+        return images, jnp.asarray(labels, jnp.int32), key
+
     def _whole(
         self, edits: Mapping[Path, nn.Module], images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> FisherScore:
@@ -170,7 +204,8 @@ class FisherEngine:
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         score = FisherPotential(net, self._example, loss=self._loss, compiler_options=options)
         variables = net.lazy_init(rngs(key), *self._example.args, **self._example.kwargs)
-        return score(variables, images, labels)
+        # The key that dropout draws from in the engine.
+        return score(variables, images, labels, jax.random.fold_in(key, 2))
 
     def _give_up(self, reason: Exception) -> None:
         self.engines = []

@@ -16,6 +16,7 @@ from nnopt.core.flatten import Value
 from nnopt.core.paths import path_text
 from nnopt.errors import ScoreError
 from nnopt.scores.kernel_uses import KernelUse
+from nnopt.scores.minibatch import guarded
 from nnopt.scores.network import Edit, TracedNetwork
 from nnopt.scores.score import Pass
 from nnopt.scores.sources import Batch, BlockGates, Images, LayerGates, Source
@@ -50,7 +51,7 @@ class Forward:
     @functools.cached_property
     def loss_gradients(self) -> dict[Source, Any]:
         """Of the loss, in each source."""
-        return self._pulled(jax.grad(self.batch.loss)(self.outputs, self.batch.labels))
+        return self._pulled(jax.grad(guarded(self.batch.loss))(self.outputs, self.batch.labels))
 
     @functools.cached_property
     def output_gradients(self) -> dict[Source, Any]:

@@ -35,7 +35,7 @@ class GateEnergy(Observer):
 
 @dataclasses.dataclass(frozen=True)
 class LookForFisherPotential:
-    """Fisher potential of each residual block; see `nnopt.scores.fisher`."""
+    """Fisher potential of each residual block, those of `probes.block_probes`; see `nnopt.scores.fisher`."""
 
     def probes(self, unit: Unit) -> list[Probe]:
         """See `engine.Look`."""
@@ -48,7 +48,8 @@ class LookForFisherPotential:
             equation = Equation(e.primitive.name, e.params, inputs, outputs, e.path, 1)
             after, addition = reach(equation, before)
             reaches.update(dict.fromkeys(e.outputs, after))
-            if addition is not None:
+            # The network itself is no block, as it is none for `block_probes`. In a unit the root is the unit.
+            if addition is not None and (addition.path or not unit.skeleton):
                 branches[addition.path] = addition.branch
         probes = []
         for block, branch in branches.items():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from nnopt.errors import ScoreError
 from nnopt.scores.forward import Forward, ForwardPass
+from nnopt.scores.minibatch import guarded
 from nnopt.scores.network import TracedNetwork
 from nnopt.scores.score import Pass
 from nnopt.scores.sources import Batch, Kernels, PerKernel
@@ -102,9 +103,12 @@ class PartGradients(OwnPass):
         """See `Pass`."""
         network.check_kernels()
         if self.parts < 2 or network.batch % self.parts or network.batch < 2 * self.parts:
+            remedy = "give two or more parts"
+            if self.parts >= 2:
+                remedy = f"give a multiple of {self.parts}, {2 * self.parts} or more"
             raise ScoreError(
-                f"{self} cuts the minibatch into equal parts of two images or more, and got {network.batch} images; "
-                f"give a multiple of {max(self.parts, 2)}"
+                f"{self}, which ZiCo reads, cuts the minibatch into two or more equal parts of two or more images, and got "
+                f"{network.batch} images; {remedy}"
             )
 
 
@@ -145,7 +149,7 @@ class ExampleGradients(RepeatedPass):
 
 def _loss_of_kernels(batch: Batch, kernels: PerKernel) -> jax.Array:
     outputs, _ = batch.network.run(batch.with_kernels(kernels), batch.images, batch.key, {})
-    return batch.loss(outputs, batch.labels)
+    return guarded(batch.loss)(outputs, batch.labels)
 
 
 def run_passes(

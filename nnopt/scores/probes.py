@@ -1,6 +1,6 @@
 """Where Fisher potential looks: the last convolution of each residual block, before the addition."""
 
-from nnopt.core import Dataflow, ResidualBlocks, Selector, select
+from nnopt.core import Dataflow, Selector, select
 from nnopt.core.paths import path_text
 from nnopt.core.sites import Sites
 from nnopt.errors import SelectionError
@@ -18,13 +18,18 @@ def block_probes(found: Sites, where: Selector | str | None = None) -> dict[Path
         Path of each block -> path of its probe.
 
     Raises:
-        SelectionError: a selected module adds nothing to a shortcut, or its probe lies inside `nn.scan` or `nn.vmap`, where one
-            site stands for many layers.
+        SelectionError: there is no residual block, a selected module adds nothing to a shortcut, or its probe lies inside `nn.scan`
+            or `nn.vmap`, where one site stands for many layers.
     """
     branches = {add.path: add.branch for add in Dataflow(found.net, found.example).residual_adds}
     blocks = found.where(lambda s: bool(s.path) and s.path in branches)
-    if where is not None or not len(blocks):  # the selector knows how to say that there are none
-        blocks = select(found, where if where is not None else ResidualBlocks())
+    if where is not None:
+        blocks = select(found, where)
+    elif not len(blocks):
+        raise SelectionError(
+            f"{type(found.net).__name__} has no module that adds a branch of convolutions to a shortcut, so Fisher potential has "
+            "no probe in it; choose a score that needs no residual blocks, such as layer Fisher or NASWOT"
+        )
     probes = {}
     for block in blocks:
         probe = branches.get(block.path)

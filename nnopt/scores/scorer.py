@@ -12,6 +12,7 @@ import numpy as np
 
 from nnopt.core.example import spec_text
 from nnopt.errors import ScoreError
+from nnopt.scores.minibatch import check_images, check_labels
 from nnopt.scores.network import TracedNetwork, trace, trace_sites
 from nnopt.scores.passes import RepeatedPass, run_passes
 from nnopt.scores.pieces import InPieces
@@ -104,7 +105,7 @@ class Scorer:
             The value of each score.
 
         Raises:
-            ScoreError: images or labels are missing, of another shape, or out of range.
+            ScoreError: images or labels are missing, of another shape, or out of range, or the loss is not one number.
         """
         images = self._checked_images(images)
         labels = self._checked_labels(labels)
@@ -172,11 +173,7 @@ class Scorer:
                     f"{self._first('needs_images')} looks at images; give {spec_text(expected)}"
                 )
             return np.zeros(expected.shape, expected.dtype)
-        if tuple(images.shape) != tuple(expected.shape):
-            raise ScoreError(
-                f"images are {spec_text(images)}, and the network was traced for {spec_text(expected)}; "
-                "make a Scorer for each shape"
-            )
+        check_images(images, expected, "make a Scorer for each shape")
         return images
 
     def _checked_labels(self, labels: Any) -> Any:
@@ -187,21 +184,7 @@ class Scorer:
                     f"{self._first('needs_labels')} looks at labels; give integer classes [{batch}]"
                 )
             return np.zeros(batch, np.int32)
-        if self._loss is not mean_cross_entropy:
-            return labels
-        outputs = self.network.outputs
-        if len(getattr(outputs, "shape", ())) != 2 or outputs.shape[0] != batch:
-            raise ScoreError(
-                f"the network returns {spec_text(outputs)}, and cross-entropy is of logits [{batch}, classes]; give another loss"
-            )
-        values = np.asarray(labels)
-        if values.shape != (batch,) or not np.issubdtype(values.dtype, np.integer):
-            raise ScoreError(f"labels are {spec_text(values)}; give integer classes [{batch}]")
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= outputs.shape[1]:
-            raise ScoreError(
-                f"labels go from {low} to {high}, and the network has {outputs.shape[1]} classes (from 0)"
-            )
+        check_labels(labels, batch, self.network.outputs, self._loss)
         return labels
 
     def _first(self, need: str) -> Score:

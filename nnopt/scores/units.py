@@ -32,6 +32,7 @@ class Unit:
         key: of its inputs, the PRNG key for dropout.
         arrays: of its inputs, the arrays of the call and of `extra`.
         tree: structure of what the call returns.
+        skeleton: whether it is a whole network, its units cut out of it.
     """
 
     flat: Flat
@@ -39,6 +40,7 @@ class Unit:
     key: Value
     arrays: tuple[Value, ...]
     tree: Any
+    skeleton: bool = False
 
     def used(self) -> tuple[int, ...]:
         """Positions of the variables that the call depends on."""
@@ -71,7 +73,7 @@ def trace_unit(
         variables: shapes and dtypes of its variables.
         path: where the network has it; decides what it draws from the PRNG key.
         extra: further inputs of `finish`.
-        finish: `(outputs, *extra) -> what to return`; the outputs by default.
+        finish: `(outputs, *extra) -> what to return`, for a skeleton; the outputs by default.
     """
     tree: list[Any] = []
 
@@ -96,7 +98,8 @@ def trace_unit(
     flat = flat.keeping(flat.outputs)
     count = len(jax.tree.leaves(variables))
     arrays, rest = flat.inputs[:own], flat.inputs[own:]
-    return Unit(flat, rest[:count], rest[count], arrays + rest[count + 1 :], tree[-1])
+    inputs = arrays + rest[count + 1 :]
+    return Unit(flat, rest[:count], rest[count], inputs, tree[-1], skeleton=finish is not None)
 
 
 class Initialiser:
