@@ -129,6 +129,16 @@ def test_no_footnote_without_its_mark(result):
     assert "*" not in render(summary_table(result), width=78)
 
 
+def test_scores_that_are_not_finite_are_counted(result):
+    assert "not finite" not in render(summary_table(result), width=78)
+    scores = [math.nan, math.inf, *(r.score for r in result.rows[2:])]
+    rows = [dataclasses.replace(r, score=s) for r, s in zip(result.rows, scores, strict=True)]
+    unfit = dataclasses.replace(result, rows=rows)
+    said = "2 of 40 candidates have a score that is not finite: they rank nothing."
+    assert said in " ".join(render(summary_table(unfit), width=78).split())
+    assert write_report(unfit).read_text().count(said) == 2  # below the table, below the picture
+
+
 def test_block_table(result):
     text = render(block_table(result), width=78)
     assert all(len(line) <= 80 for line in text.splitlines())
@@ -213,7 +223,9 @@ def test_scores_of_every_kind(scores, scale, dots, tmp_path):
     everyone, winner = (c.get_offsets() for c in axes.collections)
     assert len(everyone) == dots
     assert winner[0, 1] == max(s for s in scores if math.isfinite(s))
-    assert f"{dots} candidates" in [t.get_text() for t in axes.get_legend().get_texts()]
+    missing = len(scores) - dots
+    said = f"{dots} candidates" + (f", {missing} more not finite" if missing else "")
+    assert said in [t.get_text() for t in axes.get_legend().get_texts()]
 
 
 def test_bars(result):

@@ -35,9 +35,10 @@ from nnopt.errors import (
     UnknownNetworkError,
 )
 from nnopt.rewrites import choice, load_genotype
+from nnopt.scores.fisher_engine import FisherEngine
 from nnopt.search import blockswap, latency
 from nnopt.search import run as run_module
-from nnopt.search.blockswap import BlockSwap, Problem, best, score_all
+from nnopt.search.blockswap import BlockSwap, Problem, best, geometric_mean, not_finite, score_all
 from nnopt.search.run import load_result, run
 from nnopt.search.store import ScoredCandidate, ScoreStore
 from nnopt.training import QUICK, Recipe, Trainer, load_checkpoint
@@ -261,6 +262,38 @@ def test_the_best():
     unfit = [row(0, math.nan), row(1, math.inf), row(2, -math.inf), row(4, -5.0)]
     assert best(unfit).index == best(unfit[::-1]).index == 4
     assert best([row(3, math.nan), row(2, math.inf)]).index == 2
+    assert not_finite(unfit) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "mean"),
+    [
+        ([2.0, 8.0], 4.0),
+        ([0.0, 8.0], 0.0),
+        ([math.inf, 8.0], math.inf),
+        ([math.inf, 0.0], math.nan),
+        ([0.0, math.nan], math.nan),
+        ([-1.0, 4.0], math.nan),
+        ([1e308, 1e308], 1e308),
+    ],
+)
+def test_geometric_means(values, mean):
+    found = [geometric_mean(v) for v in (values, values[::-1])]
+    assert found == pytest.approx([mean, mean], rel=1e-12, nan_ok=True)
+
+
+def test_no_finite_score(small, tmp_path, monkeypatch):
+    """Found before anything is trained, and again by whoever resumes."""
+
+    def unfit(problem, indices):
+        return (dataclasses.replace(row(i, math.nan), names=(str(i),) * 3) for i in indices)
+
+    monkeypatch.setattr(Problem, "score_each", unfit)
+    monkeypatch.setattr(FisherEngine, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(run_module, "_train", lambda *_: pytest.fail("trained"))
+    for _ in range(2):
+        with pytest.raises(SearchError, match=f"none of the {SPEC.samples} scores in .* finite"):
+            run(SPEC, tmp_path / "out")
 
 
 # --- scores on disk ---
@@ -450,6 +483,8 @@ def test_the_summary(searches, small):
     assert sum(s["winner"]["block_scores"]) == pytest.approx(winner.score, rel=0.2)
     assert s["winner"]["parameters"] == winner.parameters < s["base"]["parameters"] == 77_850
     assert s["space"]["candidates"] == 4**3
+    assert s["scoring"]["candidates"] == SPEC.samples
+    assert s["scoring"]["not_finite"] == 0
     assert BlockSwap.from_json(s["search"]) == SPEC
     assert s["training"]["test_accuracy"] == s["training"]["history"][-1]["test_accuracy"]
     assert set(s["latency"]) == {"1"}

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from nnopt.core.files import write_whole
 from nnopt.rewrites import choice
-from nnopt.search.blockswap import best
+from nnopt.search.blockswap import best, not_finite
 from nnopt.search.folders import writing_to
 from nnopt.search.run import SearchResult
 
@@ -70,9 +70,9 @@ def summary_table(result: SearchResult) -> Table:
         )
     table.add_row("Fisher potential", "", f"{winner['score']:.4g}", "")
     table.add_row("test accuracy", "", f"{s['training']['test_accuracy']:.2%}", "")
-    note = ""
+    note = unranked(result)
     if any(row[n]["below_overhead"] for row in s["latency"].values() for n in ("base", "winner")):
-        note = "* a call takes less than 20 times what calling takes. "
+        note += "* a call takes less than 20 times what calling takes. "
     # A Text, because a string would be searched for markup such as [bold].
     table.caption = Text(
         f"Latency: median on XLA, {_device(s)}, weights constant, interleaved. {note}"
@@ -81,6 +81,15 @@ def summary_table(result: SearchResult) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def unranked(result: SearchResult) -> str:
+    """How many candidates have no finite score, as a sentence and a space; nothing if all have one."""
+    # Counted in the rows: folders of older searches do not say.
+    count = not_finite(result.rows)
+    if not count:
+        return ""
+    return f"{count:,} of {len(result.rows):,} candidates have a score that is not finite: they rank nothing. "
 
 
 def block_table(result: SearchResult) -> Table:
@@ -110,6 +119,7 @@ def score_picture(result: SearchResult) -> "Figure":
     spec = result.summary["search"]
     top = best(result.rows)
     rows = [r for r in result.rows if math.isfinite(r.score)]
+    missing = len(result.rows) - len(rows)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     budget, tolerance = spec["budget"], spec["tolerance"]
@@ -120,7 +130,8 @@ def score_picture(result: SearchResult) -> "Figure":
     axes.scatter(
         [r.parameters / 1e3 for r in rows],
         [r.score for r in rows],
-        s=22, color=_BLUE, alpha=0.7, linewidths=0, label=f"{len(rows):,} candidates",
+        s=22, color=_BLUE, alpha=0.7, linewidths=0,
+        label=f"{len(rows):,} candidates" + (f", {missing:,} more not finite" if missing else ""),
     )  # fmt: skip
     axes.scatter(
         [top.parameters / 1e3], [top.score], s=170, marker="*", color=_RED, zorder=3,
@@ -248,7 +259,7 @@ def _page(result: SearchResult, pictures: dict[str, bytes]) -> str:
 {image.format("Fisher potential of all candidates against their parameters", encoded["score.png"])}
 <p class=note>{s["scoring"]["candidates"]:,} candidates, drawn uniformly from the {_count(space["within_budget"])} of
 {_count(space["candidates"])} that lie within the budget ({space["fraction_within_budget"]:.2%}); all scored on
-{_minibatches(spec)}, {1000 * s["scoring"]["seconds_each"]:.0f} ms each.</p>
+{_minibatches(spec)}, {1000 * s["scoring"]["seconds_each"]:.0f} ms each. {unranked(result)}</p>
 <h2>The winner</h2>
 {image.format("Share of score and parameters of the winner, block by block", encoded["winner.png"])}
 {_html_table(block_table(result))}

@@ -239,10 +239,10 @@ class Problem:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """`exp(mean(log(values)))`; zero if one is zero, NaN if one is negative or NaN."""
+    """`exp(mean(log(values)))`; zero if one is zero, NaN if one is negative or NaN, or if one is zero and one infinite."""
     if len(values) == 1:
         return values[0]
-    if any(math.isnan(v) or v < 0 for v in values):
+    if any(math.isnan(v) or v < 0 for v in values) or (0.0 in values and math.inf in values):
         return math.nan
     return math.exp(statistics.fmean(map(math.log, values))) if all(values) else 0.0
 
@@ -325,6 +325,11 @@ def score_all(
 def best(rows: Iterable[ScoredCandidate]) -> ScoredCandidate:
     """The row of highest score; of equal ones the first. Scores that are not finite lose."""
     return max(rows, key=lambda r: (r.score if math.isfinite(r.score) else -math.inf, -r.index))
+
+
+def not_finite(rows: Iterable[ScoredCandidate]) -> int:
+    """How many rows have a score that is no finite number: they are kept, and rank nothing."""
+    return sum(not math.isfinite(row.score) for row in rows)
 
 
 def network_named(name: str, num_classes: int) -> nn.Module:

@@ -29,7 +29,7 @@ from nnopt.core.paths import path_text
 from nnopt.costs import macs, parameters
 from nnopt.errors import ResultFolderError, SearchError
 from nnopt.rewrites import save_genotype
-from nnopt.search.blockswap import BlockSwap, Problem, best, score_all
+from nnopt.search.blockswap import BlockSwap, Problem, best, not_finite, score_all
 from nnopt.search.folders import claim_folder, read_versioned, writing_to
 from nnopt.search.latency import Watcher, latency_against_base
 from nnopt.search.store import ScoredCandidate, ScoreStore
@@ -106,7 +106,7 @@ def run(
     Raises:
         ResultFolderError: the folder cannot be written, belongs to another search, or holds damaged files.
         CheckpointError: the checkpoint of a training that was killed is damaged.
-        SearchError: fewer than one worker.
+        SearchError: fewer than one worker, or no candidate has a finite score.
         NnoptError: see `Problem`.
     """
     if workers is None:
@@ -138,6 +138,11 @@ def run(
     if finished is not None:
         return SearchResult(place, finished, rows)
 
+    if not_finite(rows) == len(rows):
+        raise SearchError(
+            f"none of the {len(rows)} scores in {place} is finite, so there is no best candidate; search another network, "
+            "or another scoring batch or seed, in another folder"
+        )
     winner = best(rows)
     net = problem.build(winner.index)
     save = place / "winner"
@@ -254,6 +259,7 @@ def _summary(
         "scoring": {
             "candidates": len(rows),
             "distinct": len({row.names for row in rows}),
+            "not_finite": not_finite(rows),
             # Of the distinct ones: building, compiling and running one, with others in flight beside it.
             "seconds_each": sum(row.seconds for row in rows) / len({row.names for row in rows}),
         },
