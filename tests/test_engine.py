@@ -12,12 +12,14 @@ import pytest
 
 from nnopt.core import At, Example, fingerprint, sites
 from nnopt.core.rewrite import rewrite_traced
-from nnopt.errors import SelectionError, UnsupportedNetworkError
+from nnopt.errors import ScoreError, SelectionError, UnsupportedNetworkError
 from nnopt.layers import Conv
-from nnopt.networks import WideResNet
-from nnopt.rewrites import CODE_CHOICES, choice
+from nnopt.nests import Bottleneck, Group, Program
+from nnopt.networks import InvertedResidual, ResNet, WideResNet
+from nnopt.rewrites import CODE_CHOICES, MutateConv, choice
 from nnopt.rewrites.block import block_for
-from nnopt.scores.engine import Engine, Stand
+from nnopt.scores.cut_out import Stand
+from nnopt.scores.engine import KEYS_KEPT, Engine
 from nnopt.scores.fisher import FisherPotential, mean_cross_entropy
 from nnopt.scores.fisher_engine import FisherEngine
 from nnopt.scores.looks import LookForFisherPotential
@@ -53,7 +55,7 @@ def plainly(net, edits, images, labels, key=KEY):
     try:
         options = {"xla_backend_optimization_level": 0}
         score = FisherPotential(whole, example, compiler_options=options)
-        return score(variables, images, labels)
+        return score(variables, images, labels, jax.random.fold_in(key, 2))
     finally:
         Conv.conv_general_dilated = native
 
@@ -130,13 +132,89 @@ class Foreign(nn.Module):
         return nn.Dense(10, name="head")(x.mean((1, 2)))
 
 
-def test_a_foreign_network():
+class Branch(nn.Module):
+    """Two convolutions, dropout between them, and no addition."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.Dropout(0.3, deterministic=not train)(nn.relu(nn.Conv(8, (3, 3), name="first")(x)))
+        return nn.Conv(8, (3, 3), name="last")(y)
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return x + Branch(name="branch")(x, train)
+
+
+class AddsItself(nn.Module):
+    """Residual blocks, and between them an addition in the network itself, which is no block."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = Residual(name="block0")(nn.Conv(8, (3, 3), name="stem")(x), train)
+        x = x + Branch(name="middle")(x, train)
+        x = Residual(name="block1")(x, train)
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+class One(nn.Module):
+    """A single residual block."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = Residual(name="block")(nn.Conv(8, (1, 1), name="stem")(x), train)
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+class Mobile(nn.Module):
+    """Inverted residuals, one with a stride and no shortcut."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3), name="stem")(x)
+        for i, stride in enumerate((1, 2, 1)):
+            x = InvertedResidual(8, 2, stride, name=f"block{i}")(x, train)
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+THREE = (("block0",), ("block1",), ("block2",))
+OTHERS = {
+    "foreign": (Foreign(), THREE),
+    "dropout, additions outside of blocks": (AddsItself(), (("block0",), ("block1",))),
+    "inverted residuals": (Mobile(), (THREE[0], THREE[2])),
+    "resnet": (ResNet((2, 1), widths=(8, 12), stem_features=8), None),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks(name):
+    net, blocks = OTHERS[name]
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         images, labels = batch_of(dtype=jnp.float64)
-        engine = engine_for(Foreign(), images)
-        assert engine.units == (("block0",), ("block1",), ("block2",))
+        engine = engine_for(net, images)
+        assert blocks is None or engine.units == blocks
         found = engine.score(engine.candidate(), images, labels, KEY)
-        assert_same(found, plainly(Foreign(), {}, images, labels), 1e-9)
+        assert_same(found, plainly(net, {}, images, labels), 1e-9)
+
+
+def test_operators_that_a_program_made():
+    net = WideResNet(10, 1.0)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        images, labels = batch_of(dtype=jnp.float64)
+        rule = MutateConv("*/*conv2", Program((Group("co", "ci", 2), Bottleneck("oh", 2))))
+        edits = dict(rule(sites(net, Example(images, train=True))))
+        assert len(edits) == 3
+        engine = engine_for(net, images)
+        found = engine.score(engine.candidate(edits), images, labels, KEY)
+        assert_same(found, plainly(net, edits, images, labels), 1e-9)
+
+
+def test_as_a_whole_dropout_draws_what_it_draws_in_the_engine():
+    images, labels = batch_of(side=4)
+    scorer = FisherEngine(One(), Example(images, train=True))
+    found = scorer({}, images, labels, KEY)
+    assert_same(found, scorer._whole({}, images, labels, KEY), 1e-4)
 
 
 def test_edits_below_units_and_outside_of_them():
@@ -326,6 +404,41 @@ def test_side_by_side_and_in_flight(lanes, ahead):
             assert_same(one, other, 1e-4)
 
 
+def test_weights_of_few_keys_are_kept():
+    """As many as there are minibatches: those that come round again are not drawn again."""
+    images, labels = batch_of(side=4)
+    scorer = FisherEngine(One(), Example(images, train=True))
+    (engine,) = scorer.engines
+    bound = []
+    for number in range(KEYS_KEPT + 3):
+        scorer({}, images, labels, jax.random.key(number))
+        bound.append(len(engine.kept))
+    assert bound == [*range(1, KEYS_KEPT), *[KEYS_KEPT] * 4]
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = []
+        draw = Initialiser.__call__
+        patch.setattr(Initialiser, "__call__", lambda *a: drawn.append(1) or draw(*a))
+        batches = [(images, labels, jax.random.key(n)) for n in range(KEYS_KEPT + 1)]
+        (first,) = scorer.stream([{}], batches)
+        once = len(drawn)
+        again = list(scorer.stream([{}] * 2, batches))
+        assert len(drawn) == once > 0
+    assert again == [first, first]
+    assert len(engine.kept) == len(batches)
+
+    # Weights of its own for each candidate, the same whenever it is scored again.
+    own = [
+        [s.total for s in scores]
+        for scores in scorer.stream([{}] * 3, batches[:1], independent=True)
+    ]
+    assert len({total for (total,) in own}) == 3
+    key = jax.random.fold_in(batches[0][2], 2)
+    assert own[2] == [scorer({}, images, labels, key).total]
+    assert len(engine.kept) == KEYS_KEPT + 1
+    with pytest.raises(ScoreError, match="4 candidates side by side share their weights"):
+        list(scorer.stream([{}], batches, lanes=4, independent=True))
+
+
 DEVICES = """
 import sys; sys.path.insert(0, {tests!r})
 from test_engine import *
@@ -410,6 +523,36 @@ def test_networks_without_residual_blocks():
 
     with pytest.raises(SelectionError, match="no module that adds a branch"):
         FisherEngine(Plain(), Example(batch_of()[0], train=True))
+
+
+def test_units_that_hide_a_probe():
+    """Cut out of the middle of a block, a branch takes the convolutions with it by which the block is known."""
+    example = Example(batch_of()[0], train=True)
+    with pytest.warns(UserWarning, match="middle of the block 'block0', whose probe it hides"):
+        assert not FisherEngine(AddsItself(), example, where="block0/branch").engines
+
+
+def test_candidates_in_which_nothing_is_left_to_look_at():
+    images, _ = batch_of()
+    engine = engine_for(AddsItself(), images)
+    one = {("block0",): Branch(parent=None)}
+    assert engine.candidate(one).looked_at == ["block1"]
+    with pytest.raises(SelectionError, match="nothing to look at in AddsItself, as edited"):
+        engine.candidate(one | {("block1",): Branch(parent=None)})
+    with pytest.raises(SelectionError, match="nothing to look at in Deep"):
+        engine_for(Deep(), images, where="layer?").candidate()
+    with pytest.raises(SelectionError, match="choose a score that needs no residual blocks"):
+        FisherEngine(Deep(), Example(images, train=True), where="layer?")
+
+
+class Deep(nn.Module):
+    """No shortcut."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i in range(2):
+            x = Branch(name=f"layer{i}")(x, train)
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
 
 
 def test_modules_that_are_gone_are_forgotten():

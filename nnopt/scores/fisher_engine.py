@@ -14,7 +14,7 @@ from nnopt.core import Example, Selector, sites
 from nnopt.core.example import rngs
 from nnopt.core.paths import path_text
 from nnopt.core.rewrite import rewrite_traced
-from nnopt.errors import SelectionError, UnsupportedNetworkError
+from nnopt.errors import ScoreError, SelectionError, UnsupportedNetworkError
 from nnopt.scores.cut_out import Stand
 from nnopt.scores.engine import Candidate, Engine, EngineStatistics
 from nnopt.scores.fisher import FisherPotential, FisherScore, mean_cross_entropy
@@ -138,6 +138,7 @@ class FisherEngine:
         *,
         lanes: int = 1,
         ahead: int = 0,
+        independent: bool = False,
     ) -> Iterator[list[FisherScore]]:
         """Scores candidates one after another, each on all minibatches, and keeps accelerators busy meanwhile.
 
@@ -147,18 +148,44 @@ class FisherEngine:
             lanes: how many candidates run side by side in one row of programs (`scores.lanes`). More compile more programs;
                 worth it on a device that one candidate does not fill, not on a CPU.
             ahead: how many such rows are under way, on each device, while the results of the one before are waited for.
+            independent: draw weights for each candidate anew: candidate number `i` has those of `fold_in(key, i)`, and not those
+                that every other candidate has at the same unit. What it costs is that they are initialised each time, and that
+                the luck of the draw does not cancel where candidates are compared.
 
         Yields:
             The scores of a candidate, one for each minibatch.
 
         Raises:
-            ScoreError: images or labels are of another shape, or labels out of range.
+            ScoreError: images or labels are of another shape, labels are out of range, or candidates side by side, which share
+                their weights, are to have independent ones.
             SelectionError: a candidate has no residual block.
         """
+        if independent and lanes != 1:
+            raise ScoreError(
+                f"{lanes} candidates side by side share their weights; give lanes=1 for independent ones"
+            )
         batches = [self._checked(*batch) for batch in batches]
+        for engine in self.engines:  # else the weights of each key were gone when its turn came
+            engine.kept.most = max(engine.kept.most, len(batches))
+        yield from self._stream(enumerate(candidates), batches, lanes, ahead, independent)
+
+    def _stream(
+        self,
+        candidates: Iterator[tuple[int, Mapping[Path, nn.Module]]],
+        batches: Sequence[Batch],
+        lanes: int,
+        ahead: int,
+        independent: bool,
+    ) -> Iterator[list[FisherScore]]:
+        """See `stream`; candidates come with their numbers."""
+
+        def drawn(batch: Sequence[jax.Array], number: int) -> Batch:
+            images, labels, key = batch
+            return images, labels, jax.random.fold_in(key, number) if independent else key
+
         if not self.engines:
-            for edits in candidates:
-                yield [self(edits, *batch) for batch in batches]
+            for number, edits in candidates:
+                yield [self(edits, *drawn(batch, number)) for batch in batches]
             return
         placed = [
             [tuple(jax.device_put(a, engine.device) for a in batch) for batch in batches]
@@ -166,19 +193,20 @@ class FisherEngine:
         ]
         turns = itertools.cycle(zip(self.engines, placed, strict=True))
         under_way: collections.deque[list[Callable[[], list[FisherScore]]]] = collections.deque()
-        rest = iter(candidates)
-        while chunk := list(itertools.islice(rest, lanes)):
+        while chunk := list(itertools.islice(candidates, lanes)):
             engine, here = next(turns)
             try:
-                ready = [engine.candidate(edits) for edits in chunk]
+                ready = [engine.candidate(edits) for _, edits in chunk]
             except UnsupportedNetworkError as e:
                 self._give_up(e)
                 while under_way:
                     yield from _finished(under_way.popleft())
-                yield from self.stream(itertools.chain(chunk, rest), batches)
+                rest = itertools.chain(chunk, candidates)
+                yield from self._stream(rest, batches, lanes, ahead, independent)
                 return
             if lanes == 1:
-                started = [_begin_one(engine, ready[0], *batch) for batch in here]
+                number = chunk[0][0]
+                started = [_begin_one(engine, ready[0], *drawn(b, number)) for b in here]
             else:
                 side_by_side = SideBySide(engine, lanes)
                 started = [side_by_side.begin(ready, *batch) for batch in here]
