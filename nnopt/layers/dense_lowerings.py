@@ -63,7 +63,10 @@ class Pointwise(Wide):
 
 @dataclasses.dataclass(frozen=True)
 class Patches(Wide):
-    """What each window sees, in a row, times the kernel as a matrix (im2col): `y = C(x, k)` of one group."""
+    """What each window sees, in a row, times the kernel as a matrix (im2col): `y = C(x, k)` of one group.
+
+    Forward products of one group alone: `nnopt.layers.lowering` says what was measured elsewhere.
+    """
 
     def applies(self, shape: ConvShape, direction: Direction) -> bool:
         """See `Lowering`."""
