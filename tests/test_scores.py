@@ -32,6 +32,7 @@ from nnopt.scores import (
     NtkCondition,
     Parameters,
     Plain,
+    RelativeTo,
     Scorer,
     ScoreValue,
     Snip,
@@ -492,9 +493,14 @@ def test_a_dead_block_has_no_logarithm():
     net, (images, labels) = CASES["wrn"].net, batch()
     variables = initialised(net, images)
     variables["params"]["stage2_block0"]["conv2"]["kernel"] *= 0
-    values = scorer_of(net, [Fisher(), Fisher(LogSum()), Zico()], train=True)(
+    units = {f"stage{i}_block0": 0.5 * i for i in (1, 2, 3)}
+    relative = Fisher(RelativeTo.of(units))
+    values = scorer_of(net, [Fisher(), Fisher(LogSum()), relative, Zico()], train=True)(
         variables, images, labels
     )
+    wanted = {block: part / units[block] for block, part in values[Fisher()].sites.items()}
+    assert values[relative].sites == pytest.approx(wanted, rel=1e-12)
+    assert values[relative].total == pytest.approx(sum(wanted.values()), rel=1e-12)
     assert values[Fisher()].finite
     assert values[Fisher()].sites["stage2_block0"] == 0
     assert values[Fisher(LogSum())].total == -math.inf
@@ -502,6 +508,13 @@ def test_a_dead_block_has_no_logarithm():
     # The paper's code leaves out a layer whose gradients are all zero.
     assert "stage2_block0/conv1" not in values[Zico()].sites
     assert values[Zico()].finite
+
+
+def test_a_reference_that_is_none():
+    with pytest.raises(ScoreError, match=r"'block' of the reference has the potential 0\.0"):
+        RelativeTo.of({"block": 0.0})
+    with pytest.raises(ScoreError, match="the reference has no block 'b'; it has a, c"):
+        RelativeTo.of({"a": 1.0, "c": 2.0})("b", np.ones(3))
 
 
 def test_a_score_prints_and_hashes():

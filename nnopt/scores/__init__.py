@@ -1,8 +1,9 @@
 """Training-free scores: one file for each, and one program for any number of them."""
 
+from nnopt.scores.aggregations import ChannelMean, LogSum, RelativeTo, Sum
 from nnopt.scores.counts import Macs, Parameters
 from nnopt.scores.epe_nas import EpeNas
-from nnopt.scores.fisher import ChannelMean, Fisher, FisherPotential, LogSum, Sum
+from nnopt.scores.fisher import Fisher, FisherPotential
 from nnopt.scores.grad_norm import GradNorm
 from nnopt.scores.grasp import Grasp
 from nnopt.scores.jacob_cov import JacobCov
@@ -38,6 +39,7 @@ __all__ = [
     "NtkCondition",
     "Parameters",
     "Plain",
+    "RelativeTo",
     "Score",
     "ScoreValue",
     "Scorer",

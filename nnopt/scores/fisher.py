@@ -21,7 +21,6 @@ Computed with gates: multiply the probe by a gate `m [N, C]` of ones. Then `dL/d
 `Delta_c = 1/2 mean_n (dL/dm_nc)^2`, and no gradient of a weight, nor of the input, is ever needed.
 """
 
-import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,6 +36,7 @@ from nnopt.core.paths import path_text
 from nnopt.core.rewrite import rewrite_traced
 from nnopt.layers import GATES, AddGate
 from nnopt.layers.combinators import after_name
+from nnopt.scores.aggregations import AS_PUBLISHED, Aggregation
 from nnopt.scores.forward import LossGradient
 from nnopt.scores.minibatch import check_images, check_labels, guarded
 from nnopt.scores.network import TracedNetwork, image_example
@@ -48,46 +48,6 @@ from nnopt.scores.sources import mean_cross_entropy as mean_cross_entropy
 from nnopt.typing import Path, Variables
 
 
-class Aggregation(abc.ABC):
-    """How the channels' potentials make the network's: a frozen dataclass."""
-
-    @abc.abstractmethod
-    def __call__(self, potentials: np.ndarray) -> float:
-        """What a block adds to the total, from the potential of each channel of its probe, float64 `[channels]`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sum(Aggregation):
-    """The sum over channels and blocks, as published. Blocks near the input carry most of it."""
-
-    def __call__(self, potentials: np.ndarray) -> float:
-        """See `Aggregation`."""
-        return float(potentials.sum())
-
-
-@dataclasses.dataclass(frozen=True)
-class LogSum(Aggregation):
-    """The sum over blocks of the logarithm of each block's potential: every block counts alike.
-
-    Ranks by the product of the potentials, so a change by the same factor weighs the same in every block. A block of potential
-    zero makes it minus infinity.
-    """
-
-    def __call__(self, potentials: np.ndarray) -> float:
-        """See `Aggregation`."""
-        total = potentials.sum()
-        return float(np.log(total)) if total > 0 else float(total) * 0 - np.inf
-
-
-@dataclasses.dataclass(frozen=True)
-class ChannelMean(Aggregation):
-    """The sum over blocks of the mean over channels: a block does not gain by having a wider probe."""
-
-    def __call__(self, potentials: np.ndarray) -> float:
-        """See `Aggregation`."""
-        return float(potentials.mean())
-
-
 @dataclasses.dataclass(frozen=True)
 class Fisher(Score):
     """Fisher potential as a `Score`, with the value of `FisherPotential` for the default aggregation.
@@ -97,7 +57,7 @@ class Fisher(Score):
         where: which modules are the blocks; by default every residual block.
     """
 
-    aggregation: Aggregation = Sum()
+    aggregation: Aggregation = AS_PUBLISHED
     where: Selector | str | None = None
 
     @property
@@ -116,7 +76,8 @@ class Fisher(Score):
         sites = {}
         for block, probe in block_probes(network.sites, self.where).items():
             potentials = reduced[path_text(probe)].astype(np.float64) ** 2 / (2 * network.batch)
-            sites[path_text(block)] = self.aggregation(potentials)
+            name = path_text(block)
+            sites[name] = self.aggregation(name, potentials)
         return ScoreValue(sum(sites.values()), sites)
 
 
