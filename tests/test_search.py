@@ -116,7 +116,11 @@ def test_searches_that_make_no_sense(fields, error, said):
     ("fields", "error", "said"),
     [
         ({"network": "wrn-11-1"}, UnknownNetworkError, "6n [+] 4"),
-        ({"network": "vgg-16"}, SelectionError, "has no module that adds a branch"),
+        (
+            {"network": "vgg-16"},
+            SelectionError,
+            "vgg-16 has no module that adds a branch .* give a residual",
+        ),
         ({"budget": 1000}, BudgetError, "take a budget in between"),
         ({"score_batch": 97}, NnoptError, "96 training images"),
     ],
@@ -485,6 +489,7 @@ def test_the_summary(searches, small):
     assert s["space"]["candidates"] == 4**3
     assert s["scoring"]["candidates"] == SPEC.samples
     assert s["scoring"]["not_finite"] == 0
+    assert s["scoring"]["pace"] == {"lanes": 1, "ahead": 0}
     assert BlockSwap.from_json(s["search"]) == SPEC
     assert s["training"]["test_accuracy"] == s["training"]["history"][-1]["test_accuracy"]
     assert set(s["latency"]) == {"1"}

@@ -23,11 +23,12 @@ from nnopt.core import Example, sites
 from nnopt.core.example import rngs
 from nnopt.core.rewrite import rewrite_traced
 from nnopt.data import Dataset, load, minibatch
-from nnopt.errors import BudgetError, ChoiceError, SearchError, UnknownNetworkError
+from nnopt.errors import BudgetError, ChoiceError, SearchError, SelectionError, UnknownNetworkError
 from nnopt.networks import named
 from nnopt.rewrites import CODE_CHOICES, PAPER_CHOICES, Choice
 from nnopt.rewrites.block import block_for
 from nnopt.scores.fisher_engine import FisherEngine
+from nnopt.scores.pace import Pace
 from nnopt.search.latency_limit import LatencyLimit, LimitedSampler
 from nnopt.search.parts import space_parts
 from nnopt.search.sampler import BudgetSampler
@@ -37,8 +38,6 @@ from nnopt.search.workers import OnProgress, map_in_processes
 from nnopt.training import QUICK, Recipe
 from nnopt.typing import Path
 
-_AHEAD = 8
-"""Candidates under way on an accelerator."""
 _STREAMS = ("weights", "minibatch", "augmentation", "training", "shuffling")
 
 
@@ -154,7 +153,14 @@ class Problem:
         self.example = Example(jax.ShapeDtypeStruct((1, *self.dataset.image_shape), jnp.float32))
         choices = CODE_CHOICES if spec.choices == "code" else PAPER_CHOICES
         self._sites = sites(self.base, self.example)
-        self.space: BlockSpace = block_space(self.base, self.example, choices)
+        try:
+            self.space: BlockSpace = block_space(self.base, self.example, choices)
+        except SelectionError as e:
+            raise SelectionError(
+                f"{spec.network} has no module that adds a branch of convolutions to a shortcut, and those are what is replaced "
+                "and scored here; give a residual network such as wrn-40-2, or rank records of networks like it by scores that "
+                "need no residual blocks (`nnopt score a.json b.json --scores naswot layer-fisher`)"
+            ) from e
         self.sampler = BudgetSampler(self.space, spec.budget, spec.tolerance)
         if spec.latency is not None:
             draws = functools.partial(self.sampler.draws, spec.seed)
@@ -222,8 +228,10 @@ class Problem:
         """Scores candidates in order; on an accelerator, the next are under way meanwhile."""
         start = time.perf_counter()
         known, indices = itertools.tee(indices)
-        ahead = 0 if jax.default_backend() == "cpu" else _AHEAD
-        results = self.scorer.stream(map(self.edits, indices), self.batches, ahead=ahead)
+        pace = Pace.on(jax.default_backend())
+        results = self.scorer.stream(
+            map(self.edits, indices), self.batches, lanes=pace.lanes, ahead=pace.ahead
+        )
         for index, scores in zip(known, results, strict=True):
             drawn = self.draw(index)
             blocks = [geometric_mean([s.blocks[b] for s in scores]) for b in scores[0].blocks]

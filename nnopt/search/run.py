@@ -29,6 +29,7 @@ from nnopt.core.paths import path_text
 from nnopt.costs import macs, parameters
 from nnopt.errors import ResultFolderError, SearchError
 from nnopt.rewrites import save_genotype
+from nnopt.scores.pace import Pace
 from nnopt.search.blockswap import BlockSwap, Problem, best, not_finite, score_all
 from nnopt.search.folders import claim_folder, read_versioned, writing_to
 from nnopt.search.latency import Watcher, latency_against_base
@@ -260,6 +261,7 @@ def _summary(
             "candidates": len(rows),
             "distinct": len({row.names for row in rows}),
             "not_finite": not_finite(rows),
+            "pace": dataclasses.asdict(Pace.on(jax.default_backend())),
             # Of the distinct ones: building, compiling and running one, with others in flight beside it.
             "seconds_each": sum(row.seconds for row in rows) / len({row.names for row in rows}),
         },

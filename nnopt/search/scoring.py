@@ -23,6 +23,7 @@ from nnopt.costs.counts import parameters
 from nnopt.data import Augmentation, Dataset, minibatch
 from nnopt.errors import NnoptError, ScoreError, SearchError, UnsupportedNetworkError
 from nnopt.scores import Score, Scorer
+from nnopt.scores.pace import Pace
 from nnopt.search.blockswap import BlockSwap, Problem
 from nnopt.search.ranking import Scored, Setting
 from nnopt.search.workers import OnProgress, map_in_processes
@@ -30,7 +31,6 @@ from nnopt.search.workers import OnProgress, map_in_processes
 if TYPE_CHECKING:
     from nnopt.search.latency import Watcher
 
-_AHEAD = 8  # candidates under way on an accelerator
 _STREAMS = ("weights", "minibatch", "augmentation")  # numbered as those of a search
 _TRAINING_WORDS = ("train", "training", "is_training")
 _INFERENCE_WORDS = ("deterministic", "use_running_average", "eval", "inference")
@@ -74,8 +74,9 @@ class SampleScoring:
     ) -> Iterator[tuple[list[float], float]]:
         start = time.perf_counter()
         batches = [problem.batches[seed] for seed in self.setting.seeds]
-        ahead = 0 if jax.default_backend() == "cpu" else _AHEAD
-        for found in problem.scorer.stream(map(problem.edits, indices), batches, ahead=ahead):
+        pace = Pace.on(jax.default_backend())
+        candidates = map(problem.edits, indices)
+        for found in problem.scorer.stream(candidates, batches, lanes=pace.lanes, ahead=pace.ahead):
             yield [score.total for score in found], time.perf_counter() - start
             start = time.perf_counter()
 
