@@ -9,7 +9,7 @@ import jax
 from nnopt.core import Keeps, Rewrite, Sites
 from nnopt.core.paths import path_text
 from nnopt.errors import SelectionError
-from nnopt.scores.chain import hole_p
+from nnopt.scores.steps import hole_p
 from nnopt.typing import Edits, Path
 
 

@@ -65,7 +65,7 @@ class InPieces:
 
 
 class _Pieces:
-    """A flat program cut by level, the number of costly equations on the longest way to a value; see `scores.chain`."""
+    """A flat program cut by level, the number of costly equations on the longest way to a value; see `scores.steps`."""
 
     def __init__(self, flat: Flat, cache: ProgramCache) -> None:
         self._flat = flat
