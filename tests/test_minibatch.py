@@ -182,6 +182,11 @@ def test_labels_of_another_loss():
     targets = np.eye(CLASSES, dtype=np.float32)[LABELS]
     assert by_potential(IMAGES, targets, soft) == pytest.approx(by_potential(IMAGES, LABELS), rel=1e-5)  # fmt: skip
     assert by_scorer(IMAGES, targets, soft) == pytest.approx(by_scorer(IMAGES, LABELS), rel=1e-5)
+    logits = jax.ShapeDtypeStruct((BATCH, CLASSES), jnp.float32)
+    check_labels({"soft": targets, "weights": np.ones(BATCH)}, BATCH, logits, soft)
+    for few in (targets[:3], {"soft": targets, "weights": np.ones(3)}, 1.0):
+        with pytest.raises(ScoreError, match="one for each image"):
+            check_labels(few, BATCH, logits, soft)
     with pytest.raises(ScoreError, match="one for each image"):
         by_potential(IMAGES, targets[:3], soft)
 

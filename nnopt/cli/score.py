@@ -170,8 +170,8 @@ class ScoreCommand:
             )
         if self.scores != ("fisher",):
             raise ScoreError(
-                "a sample of a space is ranked by Fisher potential alone, because only that runs in the engine that scores candidates "
-                "without compiling each; leave --scores out, or give network records"
+                "a sample of a space is ranked by Fisher potential alone, because only that runs in the engine that scores "
+                "candidates without compiling each; leave --scores out, or give network records"
             )
         if self.samples < 2:
             raise ScoreError(f"{self.samples} samples make no ranking; give --samples 2 or more")

@@ -1,7 +1,7 @@
 """What scores look at when the engine runs a network.
 
-There is one look, for Fisher potential, so the engine scores networks with residual blocks alone. Every other score, and every other
-network, goes through `Scorer`, which runs whole networks; with `programs` it compiles hardly anything of each.
+There is one look, for Fisher potential, so the engine scores networks with residual blocks alone. Every other score, and every
+other network, goes through `Scorer`, which runs whole networks; with `programs` it compiles hardly anything of each.
 """
 
 import dataclasses

@@ -45,7 +45,7 @@ def check_labels(
     Of a loss other than `mean_cross_entropy` nothing is known but that it takes one label for each image.
 
     Args:
-        labels: `[batch, ...]`.
+        labels: `[batch, ...]`, or for another loss a pytree of such.
         batch: number of images.
         outputs: what the network returns, as shapes.
         loss: of these outputs and labels.
@@ -60,14 +60,15 @@ def check_labels(
                 f"the network returns {spec_text(outputs)}, and cross-entropy is of logits [{batch}, classes]; give another loss"
             )
         classes = True
+    if not classes:
+        for leaf in jax.tree.leaves(labels):
+            if jnp.shape(leaf)[:1] != (batch,):
+                raise ScoreError(
+                    f"labels are {spec_text(labels)}; give one for each image, [{batch}, ...]"
+                )
+        return
     traced = isinstance(labels, jax.core.Tracer)
     values = labels if traced else np.asarray(labels)
-    if not classes:
-        if values.shape[:1] != (batch,):
-            raise ScoreError(
-                f"labels are {spec_text(values)}; give one for each image, [{batch}, ...]"
-            )
-        return
     if values.shape != (batch,) or not jnp.issubdtype(values.dtype, jnp.integer):
         raise ScoreError(f"labels are {spec_text(values)}; give integer classes [{batch}]")
     if loss is not mean_cross_entropy or traced:
