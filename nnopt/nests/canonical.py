@@ -119,7 +119,7 @@ def _raw(nest: Nest) -> _Raw:
                 vector[place] += coefficient
             steps.append((tuple(vector), loop.extent))
             continue
-        points = breaks(loop.extent, (t for d in dims for t in d.at.of(loop.name)))
+        points = breaks(loop.extent, [t for d in dims for t in d.at.of(loop.name)])
         for low, high in itertools.pairwise(points):
             vector = [0] * width
             for place, coefficient, divisor, count in terms:
@@ -199,8 +199,13 @@ def _one_of(a: _Raw, b: _Raw) -> _Raw | None:
     apart = tuple(q - p for p, q in zip(a.start, b.start, strict=True))
     step, first = only_a[0] if only_a else (None, 1)
     other, second = only_b[0] if only_b else (None, 1)
-    step = step or other or apart
-    if (other or step) != step or tuple(first * c for c in step) != apart:
+    if step is None and other is None:
+        # One iteration each: two elements on a diagonal of the output are no range of a loop.
+        if sum(map(bool, apart[: a.ranks[0]])) != 1:
+            return None
+        step = apart
+    step = step or other
+    if step is None or (other or step) != step or tuple(first * c for c in step) != apart:
         return None
     steps = [*(here & there).elements(), (step, first + second)]
     return a._replace(steps=tuple(sorted(_put_together(steps))))

@@ -240,7 +240,7 @@ def _taken_apart(nest: Nest, array: str) -> tuple[list[_Digit], list[tuple[_Part
     digits = [
         digit
         for level, loop in enumerate(nest.loops)
-        if array == "y" or nest.uses("x", loop.name) or nest.uses("k", loop.name)
+        if array == "y" or nest.computes(loop.name)
         for digit in _digits(level, loop, dims)
     ]
     groups = [{i} for i in range(len(dims))]

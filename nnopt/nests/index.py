@@ -5,7 +5,7 @@ loop it is affine. Fusing two loops needs divisors, and the form is closed under
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from nnopt.errors import NestError
@@ -152,7 +152,7 @@ def fused_inner(term: Term, name: str) -> list[Term]:
     return [Term(name, term.coefficient, term.divisor, term.extent)]
 
 
-def breaks(extent: int, terms: Iterable[Term]) -> list[int]:
+def breaks(extent: int, terms: Sequence[Term]) -> list[int]:
     """Where the digits of a loop begin and end: a chain of divisors from 1 to its extent.
 
     Raises:

@@ -84,6 +84,10 @@ class Nest:
                     return True
         return False
 
+    def computes(self, name: str) -> bool:
+        """Whether iterations of a loop multiply different things; where none does, one result is copied."""
+        return self.uses("x", name) or self.uses("k", name)
+
     def is_output(self, name: str) -> bool:
         """Whether different iterations of a loop write different elements."""
         return self.uses("y", name)
@@ -104,9 +108,7 @@ class Nest:
 
         A loop that neither `x` nor `k` depends on copies a result and multiplies nothing.
         """
-        return math.prod(
-            extent for name, extent, _ in self.loops if self.uses("x", name) or self.uses("k", name)
-        )
+        return math.prod(extent for name, extent, _ in self.loops if self.computes(name))
 
     def with_index(self, change: Callable[[str, Dim], Index]) -> "Nest":
         """Every index replaced; `change` is told the array's name and the dimension."""

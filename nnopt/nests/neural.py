@@ -44,9 +44,14 @@ class Bottleneck(Changing):
         if self.by == 1:
             return [nest]
         if nest.is_output(self.loop):
-            if not (nest.uses("x", self.loop) or nest.uses("k", self.loop)):
+            if not nest.computes(self.loop):
                 raise NestError(
                     f"{self.loop} copies what is computed once: there is nothing to save"
+                )
+            if not nest.writes_apart(self.loop):
+                raise NestError(
+                    f"{self.loop} was fused from loops of the output and of a reduction, of which one copies and the other leaves "
+                    "out; do this before that"
                 )
             copy = fresh(nest, f"{self.loop}_r")
             nest = cut(nest, self.loop, self.by, self.loop, copy)
@@ -56,7 +61,10 @@ class Bottleneck(Changing):
 
     def domain_ratio(self, nest: Nest) -> Fraction:
         """See `Step`."""
-        return Fraction(1, self.by)
+        (after,) = self.change(nest)
+        if self.by == 1 or after.computes(self.loop):
+            return Fraction(1, self.by)
+        return Fraction(1, nest.loop(self.loop).extent)  # what is left of a fused loop only copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +140,8 @@ class Tie(Changing):
 
     def domain_ratio(self, nest: Nest) -> Fraction:
         """See `Step`."""
+        if not nest.computes(self.a):
+            return Fraction(1)  # what was copied is computed
         return Fraction(1, nest.loop(self.b).extent)
 
 
@@ -220,6 +230,14 @@ class Widen(Changing):
                 f"a window of {loop.extent} cannot become {self.size} about its middle; add an even number"
             )
         _plain(nest, self.loop)
+        for dim in nest.k:
+            step = max((t.coefficient for t in dim.at.of(self.loop)), default=0)
+            around = [t.loop for t in dim.at.terms if step and t.coefficient > step]
+            if around and more:
+                raise NestError(
+                    f"{self.loop} is a part of a window that {around[0]} moves: wider parts would overlap in the kernel; widen "
+                    "before cutting the window"
+                )
 
         def grown(_: str, dim: Dim) -> Index:
             at = sum(t.coefficient for t in dim.at.of(self.loop)) * (more // 2)
@@ -299,6 +317,14 @@ class Shift(Changing):
         )
         x[axis] = x[axis]._replace(at=index)
         return [dataclasses.replace(nest, x=tuple(x))]
+
+    def domain_ratio(self, nest: Nest) -> Fraction:
+        """See `Step`."""
+        (after,) = self.change(nest)
+        before, now = nest.computes(self.loop), after.computes(self.loop)
+        extent = nest.loop(self.loop).extent
+        # What was copied is computed, or the other way round where one shift undoes another.
+        return Fraction(extent if now else 1, extent if before else 1)
 
 
 @dataclasses.dataclass(frozen=True)

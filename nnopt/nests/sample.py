@@ -202,10 +202,6 @@ def _is_row(nest: Nest, name: str) -> bool:
     return spatial_dim(nest, name) is not None
 
 
-def _computes(nest: Nest, name: str) -> bool:
-    return nest.uses("x", name) or nest.uses("k", name)
-
-
 def _group(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> list[Step]:
     outputs, inputs = _loops(nest, operator, at, _is_co), _loops(nest, operator, at, _is_ci)
     fits = [
@@ -221,7 +217,7 @@ def _group(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> 
 def _bottleneck(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> list[Step]:
     loops = [
         (name, n)
-        for name, n in _loops(nest, operator, at, _computes)
+        for name, n in _loops(nest, operator, at, Nest.computes)
         if _free(operator, at, name + "_r")
     ]
     if not loops:
@@ -237,7 +233,7 @@ def _half(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> l
     loops = _cuttable(
         operator,
         at,
-        _loops(nest, operator, at, lambda n, name: n.is_output(name) and _computes(n, name)),
+        _loops(nest, operator, at, lambda n, name: n.is_output(name) and n.computes(name)),
     )
     if not loops:
         return []
@@ -263,7 +259,7 @@ def _range(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> 
 def _split(nest: Nest, operator: Operator, choose: _Chooser, at: int | None) -> list[Step]:
     if len(operator.nests) > 1 and at is None:
         return []
-    loops = _loops(nest, operator, at, lambda n, name: n.is_output(name) and _computes(n, name))
+    loops = _loops(nest, operator, at, lambda n, name: n.is_output(name) and n.computes(name))
     room = _MOST_PARTS - len(operator.nests) + 1
     fits = [(name, n, d) for name, n in loops for d in (*divisors(n), n) if d <= room]
     if not fits:

@@ -7,6 +7,7 @@ loops is legal, and only what runs iterations *at the same time* must keep off t
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 from nnopt.errors import NestError
@@ -19,6 +20,13 @@ class Keeping(Step):
     """A transformation that keeps the function."""
 
     keeps_function = True
+
+    def domain_ratio(self, nest: Nest) -> Fraction:
+        """See `Step`.
+
+        It is 1 unless a loop that copies a result is fused with one that computes, or is split: what was copied is then computed.
+        """
+        return Fraction(sum(n.domain_size for n in self.change(nest)), nest.domain_size)
 
 
 @dataclasses.dataclass(frozen=True)

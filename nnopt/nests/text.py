@@ -12,9 +12,7 @@ def code(operator: Operator) -> str:
 def _nest(nest: Nest) -> str:
     lines = []
     for depth, loop in enumerate(nest.loops):
-        copies = not (nest.uses("x", loop.name) or nest.uses("k", loop.name)) and nest.is_output(
-            loop.name
-        )
+        copies = not nest.computes(loop.name) and nest.is_output(loop.name)
         marks = ", ".join((*loop.marks, *(("copies",) if copies else ())))
         lines.append(
             f"{'  ' * depth}for {loop.name} in {loop.extent}:{f'  # {marks}' if marks else ''}"

@@ -9,9 +9,7 @@ from nnopt.nests import Nest
 
 def axes(nest: Nest) -> tuple[list[str], list[str]]:
     """Loops of the output that products differ in, and loops of the reduction, in the nest's order."""
-    multiplies = [
-        loop.name for loop in nest.loops if nest.uses("x", loop.name) or nest.uses("k", loop.name)
-    ]
+    multiplies = [loop.name for loop in nest.loops if nest.computes(loop.name)]
     return (
         [name for name in multiplies if nest.is_output(name)],
         [name for name in multiplies if not nest.is_output(name)],
