@@ -68,6 +68,7 @@ TABLE = {
     "fused": (Fuse("oh", "ow"), Parallel("oh.ow")),
     "copies": (Bottleneck("oh", 2), Parallel("co")),
     "parts": (*sequence1(16, (1, 2)).steps, Parallel("co", part=0)),
+    "unequal parts of groups": (Group("co", "ci", 2), Split("co", (3,)), Parallel("g", part=0)),
     "slabs": (*sequence3(2).steps, Parallel("co")),
     "prefetch": (Split("co", (4,)), Bottleneck("ci", 2, part=1), Prefetch("x", "oh"), Unroll("kw")),
 }  # fmt: skip
@@ -121,7 +122,18 @@ def test_schedules_are_replayed():
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_any_program_is_its_interpretation(seed, data):
     size = data.draw(st.sampled_from([(6, 6), (4, 8)]))
-    conv = convolution(size, 8, 4, (3, 3), strides=data.draw(st.sampled_from([(1, 1), (2, 2)])))
+    conv = convolution(
+        size,
+        8,
+        6,
+        (3, 3),
+        strides=data.draw(st.sampled_from([(1, 1), (2, 2)])),
+        groups=data.draw(st.sampled_from([1, 2])),
+    )
+    if data.draw(st.booleans()):  # what is drawn divides: here are parts that do not
+        loop = data.draw(st.sampled_from(["co", "oh", "ow"]))
+        at = data.draw(st.integers(1, conv.nests[0].extents[loop] - 1))
+        conv = Split(loop, (at,))(conv)
     rng = np.random.default_rng(seed)
     operator = draw(conv, rng, 3).operator
     x = rng.normal(size=(1, *operator.input)).astype(np.float32)

@@ -194,7 +194,10 @@ def _padded(nest: Nest, operator: Operator, x: Any, batch: int) -> tuple[Any, di
 
 
 def _written(nest: Nest, operator: Operator, at: Sequence[Any]) -> tuple[dict[str, Any], Any]:
-    """Which iteration of the output's loops writes an element, and whether one does."""
+    """Which iteration of the output's loops writes an element, and whether one does.
+
+    A place is taken apart from the largest step down, by remainders: after a split a loop need not run to where the next one steps.
+    """
     from tvm import tirx
 
     loops: dict[str, Any] = {loop.name: tirx.const(0, "int64") for loop in nest.loops}
@@ -206,14 +209,24 @@ def _written(nest: Nest, operator: Operator, at: Sequence[Any]) -> tuple[dict[st
             digits.append(tirx.indexmod(rest, dim.size))
             rest = tirx.indexdiv(rest, dim.size)
         for dim, digit in zip(dims, reversed(digits), strict=True):
-            value, again = digit - dim.at.constant, tirx.const(dim.at.constant, "int64")
-            terms = sorted(dim.at.terms, key=lambda t: -t.coefficient)
-            for term in terms:
-                found = tirx.indexmod(tirx.indexdiv(value, term.coefficient), term.extent)
+            start = dim.at.constant
+            left, most = digit - start if start else digit, dim.size - 1 - start
+            if start > 0:
+                conditions.append(left >= 0)
+                left = tirx.max(left, tirx.const(0, "int64"))
+            for term in sorted(dim.at.terms, key=lambda t: -t.coefficient):
+                found = tirx.indexdiv(left, term.coefficient)
+                if most < term.coefficient * term.extent:
+                    left, most = tirx.indexmod(left, term.coefficient), term.coefficient - 1
+                else:
+                    last = term.extent - 1
+                    found = tirx.min(found, tirx.const(last, "int64"))
+                    left = left - found * term.coefficient
+                    most = max(most - last * term.coefficient, term.coefficient - 1)
                 loops[term.loop] = loops[term.loop] + found * term.divisor
-                again = again + found * term.coefficient
-            conditions.append(again == digit)
-    return loops, all_of(conditions)
+            if most:
+                conditions.append(left == 0)
+    return loops, all_of(conditions) if conditions else tirx.const(True, "bool")
 
 
 def _at(index: Any, values: dict[str, Any]) -> Any:
