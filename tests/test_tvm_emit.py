@@ -130,6 +130,55 @@ def test_integers():
     )  # fmt: skip
 
 
+def mixed(x):
+    """The bits of a hash, which come from products and sums that overflow."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B) + jnp.uint32(0xFFFFFFFF)
+    return (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35) - jnp.uint32(0x80000000)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int8", "uint8"])
+def test_integers_that_overflow_or_divide_by_zero(dtype):
+    low, high = (int(v) for v in (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max))
+    edges = sorted(
+        {low, low + 1, high, high // 2 + 1, high - 1, 0, 1, 3, max(low, -1), max(low, -7)}
+    )
+    a, b = np.array(list(itertools.product(edges, repeat=2))).T.astype(dtype)
+    constants = [np.asarray(c, dtype) for c in (low, high, 0)]
+
+    def function(a, b):
+        of_two = [
+            a + b,
+            a - b,
+            a * b,
+            lax.div(a, b),
+            lax.rem(a, b),
+            a // b,
+            a % b,
+            -a,
+            abs(a),
+            a**3,
+            lax.square(a),
+            a + 1 > a,
+        ]
+        pairs = (operator.add, operator.sub, operator.mul, lax.div, lax.rem)
+        with_one = [f(*pair) for f in pairs for c in constants for pair in ((a, c), (c, a))]
+        return of_two, with_one, mixed(a) if a.dtype == "uint32" else (a + b) - b
+
+    agrees(function, jnp.asarray(a), jnp.asarray(b))
+
+
+def test_sums_are_rounded_where_they_stand():
+    """TVM's own simplification would take `(x + y) - y` for `x`, and what is multiplied by zero for zero."""
+    x = jnp.concatenate([normal(20) * 4, jnp.asarray([np.nan, np.inf, -np.inf, 0, -0.0])])
+    agrees(
+        lambda x, y: (
+            (x + 12582912.0) - 12582912.0, (x + 1e8) - 1e8, (x + y) - y, y - (y + x), 1 - (1 + x), (x - 1e8) + 1e8, x - x, x * 0,
+            0 * (x + y), x / 0, 0 / x, jnp.maximum(x, 1e8) - 1e8,
+        ),
+        x, normal(25) * 1e8,
+    )  # fmt: skip
+
+
 def test_shifts():
     a, by = integers(-(2**31), 2**31 - 1, 3, 8), integers(-2, 40, 3, 8)
     shifts = (lax.shift_left, lax.shift_right_arithmetic, lax.shift_right_logical)
@@ -144,7 +193,10 @@ def test_booleans_and_bytes():
     agrees(
         lambda a, b: (
             a & b, a | b, a ^ b, ~a, a == b, a != b, a.astype(jnp.float32), a.astype(jnp.int32), jnp.where(a, 1.0, 2.0), a.any(1),
-            a.all(0), a.sum(), jnp.concatenate([a, b]),
+            a.all(0), a.sum(), jnp.concatenate([a, b]), jnp.maximum(a, b), jnp.minimum(a, b), a < b, a <= b, a > b, a >= b,
+            a.max(1), a.min(0), a.max(), a.argmax(1), b.argmin(0), a @ b.T, (a & ~a) @ jnp.ones((8, 2), bool),
+            lax.clamp(a, b, True), nn.max_pool(a[None, ..., None], (2, 2)),
+            lax.reduce_window(a, False, lax.max, (2, 1), (1, 1), "SAME"),
         ),
         a, b,
     )  # fmt: skip
@@ -359,6 +411,17 @@ def test_products(equation, left, right):
     agrees(lambda x, y: (jnp.einsum(equation, x, y), jnp.einsum(equation, x, b), jnp.einsum(equation, a, y)), a, b)  # fmt: skip
 
 
+def test_products_of_nothing():
+    agrees(
+        lambda x, y: (
+            x[:, :0] @ y[:0], x[:0] @ y, x @ y[:, :0], x[:, :0] @ jnp.ones((0, 5)), x[:0] @ jnp.ones((3, 5)), x @ jnp.ones((3, 0)),
+            jnp.ones((5, 0)) @ x[:, :0].T, jnp.einsum("ij,ij->", x[:0], x[:0]),
+            jnp.einsum("bij,bjk->bik", x[:0, None], x[:0, :, None]),
+        ),
+        normal(4, 3), normal(3, 5),
+    )  # fmt: skip
+
+
 def test_products_that_widen():
     a, b = integers(-99, 99, 4, 5).astype(jnp.int8), integers(-99, 99, 5, 6).astype(jnp.int8)
     agrees(lambda a, b: lax.dot(a, b, preferred_element_type=jnp.int32), a, b)
@@ -418,6 +481,11 @@ CONVOLUTIONS = {
     "three axes": Conv(3, 5, (4, 3, 5), (2, 3, 1), (1, 2, 1), "SAME", (1, 1, 1), (1, 1, 2), orders=THREE),
     "channels first": Conv(4, 8, (5, 6), (3, 3), orders=((0, 1, 2, 3),) * 3),
     "any order": Conv(4, 6, (5, 6), (3, 2), orders=((3, 1, 0, 2), (1, 3, 2, 0), (2, 0, 3, 1)), batch=2),
+    "no image": Conv(4, 6, (5, 6), (3, 3), batch=0),
+    "no inputs": Conv(0, 6, (5, 6), (3, 3)),
+    "no outputs": Conv(4, 0, (5, 6), (3, 3)),
+    "smaller than its window": Conv(4, 6, (2, 6), (3, 3), padding="VALID"),
+    "no axes": Conv(4, 6, (), (), (), (), (), (), groups=2, batch=3, orders=((0, 1), (1, 0), (0, 1))),
     "whole image": Conv(4, 6, (5, 6), (5, 6), padding="VALID"),
     "one pixel": Conv(20, 40, (1, 1), (3, 3)),
 }  # fmt: skip
@@ -431,7 +499,17 @@ def test_convolutions(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["odd", "groups of 3", "depthwise odd", "multiplier", "transposed", "any order"]
+    "name",
+    [
+        "odd",
+        "groups of 3",
+        "depthwise odd",
+        "multiplier",
+        "transposed",
+        "any order",
+        "no inputs",
+        "no axes",
+    ],
 )
 def test_kernels_that_are_no_constants(name):
     conv = CONVOLUTIONS[name]
@@ -465,7 +543,8 @@ def test_loops():
         lambda x: (
             running(x), running(x, True), lax.scan(lambda c, _: (c * 2, None), x, None, length=3)[0],
             lax.scan(lambda c, i: (c * 2, i), x, jnp.arange(3.0)), lax.fori_loop(0, 4, lambda i, c: c * 1.5 + i, x),
-            lax.map(lambda y: y.sum() * y, x),
+            lax.map(lambda y: y.sum() * y, x), lax.map(lambda y: y.sum() * y, x[:0]), running(x[:0]),
+            lax.scan(lambda c, _: (c * 2, (c > 0, c.sum())), x, None, length=0),
         ),
         normal(4, 3),
     )  # fmt: skip
@@ -505,6 +584,8 @@ REFUSED = {
     "while": lambda x: lax.while_loop(lambda y: y.sum() < 9, jnp.exp, x),
     "cond": lambda x: lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x),
     "scan": lambda x: lax.scan(lambda c, _: (c, None), x, None, length=999)[0],
+    "reduce_and": lambda x: lax.reduce_and(x.astype(int), (0,)),
+    "reduce_window": lambda x: lax.reduce_window(x, 0.0, lambda a, b: a + a, (2, 1), (1, 1), "VALID"),
     "convert_element_type": lambda x: x.astype(jnp.bfloat16), "scatter-add": lambda x: x.at[jnp.asarray([1, 1])].add(1.0),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nnopt.backends.tvm.emit import Emitter, rule
+from nnopt.backends.tvm.products import zeros
 from nnopt.backends.tvm.shapes import sliced
 from nnopt.backends.tvm.values import Value
 
@@ -32,6 +33,9 @@ def _scan(emitter: Emitter, equation: Any, values: list[Value]) -> Sequence[Valu
         made.append(outputs[carried:])
     if p["reverse"]:
         made.reverse()
+    if not made:
+        outputs = [v.aval for v in equation.outvars[carried:]]
+        return [*carry, *(zeros(emitter, v.shape, str(v.dtype)) for v in outputs)]
     return [*carry, *(_stacked(emitter, list(column)) for column in zip(*made, strict=True))]
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from nnopt.backends.tvm.arithmetic import dtype_of
 from nnopt.backends.tvm.emit import Emitter, rule
-from nnopt.backends.tvm.scalars import NAMES, dtype_of, expressions
+from nnopt.backends.tvm.scalars import NAMES, expressions
 from nnopt.backends.tvm.values import Value
 
 _PARAMETERS = ("y", "new_dtype", "rounding_method")

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import GatherScatterMode
 
+from nnopt.backends.tvm.arithmetic import highest, lowest
 from nnopt.backends.tvm.emit import Emitter, rule
-from nnopt.backends.tvm.scalars import highest, lowest
 from nnopt.backends.tvm.shapes import sliced
 from nnopt.backends.tvm.values import Value
 

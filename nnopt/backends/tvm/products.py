@@ -1,7 +1,10 @@
 """Convolutions and contractions."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from nnopt.backends.tvm.conv import ConvWorkload
 from nnopt.backends.tvm.emit import Emitter, rule
@@ -11,7 +14,10 @@ from nnopt.backends.tvm.values import Value
 @rule("conv_general_dilated")
 def _conv(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     """Any layout becomes channels last."""
-    x, kernel = (_as(emitter, v, str(equation.outvars[0].aval.dtype)) for v in values)
+    out = equation.outvars[0].aval
+    if 0 in (*out.shape, *values[0].shape, *values[1].shape):
+        return zeros(emitter, out.shape, str(out.dtype))
+    x, kernel = (_as(emitter, v, str(out.dtype)) for v in values)
     p = equation.params
     if p["batch_group_count"] != 1:
         raise emitter.unsupported(equation, " with batch_group_count")
@@ -20,7 +26,16 @@ def _conv(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     x = emitter.transposed(x, [batch, *spatial, channels])
     outputs, inputs, *window = numbers.rhs_spec
     kernel = emitter.transposed(kernel, [*window, inputs, outputs])
-    low, high = zip(*p["padding"], strict=True) if p["padding"] else ((), ())
+    if not spatial:  # a dense layer, of one element along an axis
+        x = emitter.reshaped(x, (x.shape[0], 1, x.shape[-1]))
+        kernel = emitter.reshaped(kernel, (1, *kernel.shape))
+        one = (1,)
+        work = ConvWorkload(
+            x.shape[0], one, x.shape[-1], kernel.shape[-1], one, one, (0,), (0,), one, one, p["feature_group_count"], x.dtype
+        )  # fmt: skip
+        made = emitter.reshaped(emitter.conv(x, kernel, work), (work.batch, work.outputs))
+        return emitter.transposed(made, numbers.out_spec)
+    low, high = zip(*p["padding"], strict=True)
     work = ConvWorkload(
         x.shape[0], x.shape[1:-1], x.shape[-1], kernel.shape[-1], kernel.shape[:-2],
         tuple(p["window_strides"]), tuple(low), tuple(high), tuple(p["rhs_dilation"]), tuple(p["lhs_dilation"]),
@@ -37,6 +52,9 @@ def _conv(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
 def _nnopt_conv(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     """That of `nnopt.layers.Conv`; lowerings are XLA's matter."""
     x, kernel = values
+    out = equation.outvars[0].aval
+    if 0 in (*out.shape, *x.shape, *kernel.shape):
+        return zeros(emitter, out.shape, str(out.dtype))
     shape = equation.params["shape"]
     low, high = zip(*shape.padding, strict=True)
     work = ConvWorkload(
@@ -49,9 +67,24 @@ def _nnopt_conv(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
 @rule("dot_general")
 def _dot_general(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     """A contraction with a constant is a convolution of window 1; of two arrays, a product for each member of the batch."""
+    from tvm import te
+
+    dtype = str(equation.outvars[0].aval.dtype)
+    if dtype != "bool":
+        return _contracted(emitter, equation, values, dtype)
+    counts = _contracted(emitter, equation, values, "int32")  # of pairs that are both true
+    return emitter.te(
+        lambda x: te.compute(x.shape, lambda *at: x[at] != 0, name="bool"),
+        [counts], counts.shape, "bool", name="bool",
+    )  # fmt: skip
+
+
+def _contracted(emitter: Emitter, equation: Any, values: list[Value], dtype: str) -> Value:
     (left_axes, right_axes), (left_batch, right_batch) = equation.params["dimension_numbers"]
-    left, right = (_as(emitter, v, str(equation.outvars[0].aval.dtype)) for v in values)
     shape = tuple(equation.outvars[0].aval.shape)
+    if 0 in (*shape, *values[0].shape, *values[1].shape):
+        return zeros(emitter, shape, dtype)
+    left, right = (_as(emitter, v, dtype) for v in values)
     left_free = _free(left, left_axes, left_batch)
     right_free = _free(right, right_axes, right_batch)
     k = math.prod(left.shape[i] for i in left_axes)
@@ -74,6 +107,18 @@ def _dot_general(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
         emitter.transposed(right, [*right_batch, *right_axes, *right_free]), (b, k, n)
     )
     return emitter.reshaped(_batched(emitter, left, right), shape)
+
+
+def zeros(emitter: Emitter, shape: Sequence[int], dtype: str) -> Value:
+    """Sums of nothing, or an array without elements, of which TVM can store no constant."""
+    from tvm import te, tirx
+
+    held = tuple(min(n, 1) for n in shape)
+    if 0 not in held:
+        return Value(np.zeros(held, dtype), tuple(shape), held, dtype)
+    return emitter.te(
+        lambda: te.compute(tuple(shape), lambda *_: tirx.const(0, dtype), name="empty"), [], shape, dtype, name="empty"
+    )  # fmt: skip
 
 
 def _as(emitter: Emitter, value: Value, dtype: str) -> Value:

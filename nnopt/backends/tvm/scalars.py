@@ -7,6 +7,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from nnopt.backends.tvm.arithmetic import (
+    add,
+    constant,
+    divide,
+    dtype_of,
+    integer_range,
+    library,
+    multiply,
+    negative,
+    remainder,
+    subtract,
+)
+
 _LIBRARY = (
     "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "cbrt", "erfc", "log1p",
 )  # fmt: skip
@@ -22,42 +35,21 @@ _TANH_END = 9.0
 """Where the quotient of these two is 1. They are Eigen's, which XLA uses, too: the relative error is below 3e-7."""
 
 
-def dtype_of(x: Any) -> str:
-    """Type of an expression, or of an element of a tensor."""
-    return str(x.dtype if hasattr(x, "dtype") else x.ty)
-
-
-def constant(x: Any, value: float) -> Any:
-    """A number, of the type of an expression."""
-    from tvm import tirx
-
-    return tirx.const(value, dtype_of(x))
-
-
-def lowest(dtype: str) -> Any:
-    """What a maximum of nothing is."""
-    return -np.inf if dtype.startswith("float") else _range(dtype)[0]
-
-
-def highest(dtype: str) -> Any:
-    """What a minimum of nothing is."""
-    return np.inf if dtype.startswith("float") else _range(dtype)[1]
-
-
-def _range(dtype: str) -> tuple[int, int]:
-    if dtype == "bool":
-        return 0, 1
-    info = np.iinfo(dtype)
-    return int(info.min), int(info.max)
-
-
 def greater(x: Any, y: Any) -> Any:
     """The greater one; NaN if one of them is, which TVM's own maximum forgets."""
+    from tvm import tirx
+
+    if dtype_of(x) == "bool":
+        return tirx.Or(x, y)
     return _extreme(x, y, lambda a, b: a > b)
 
 
 def lesser(x: Any, y: Any) -> Any:
     """The lesser one; NaN if one of them is."""
+    from tvm import tirx
+
+    if dtype_of(x) == "bool":
+        return tirx.And(x, y)
     return _extreme(x, y, lambda a, b: a < b)
 
 
@@ -70,14 +62,6 @@ def _extreme(x: Any, y: Any, beats: Callable[[Any, Any], Any]) -> Any:
     if isinstance(x, t.FloatImm) or not dtype_of(x).startswith("float"):
         return t.Select(beats(x, y), x, y)
     return t.Select(t.Or(beats(x, y), is_nan(x)), x, y)
-
-
-def library(name: str, *operands: Any) -> Any:
-    """A function of the C library."""
-    from tvm import tirx
-
-    dtype = dtype_of(operands[0])
-    return tirx.call_pure_extern(dtype, name + ("f" if dtype == "float32" else ""), *operands)
 
 
 def once(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -148,6 +132,20 @@ def equal(x: Any, y: Any) -> Any:
     return t.EQ(x, y)
 
 
+def less(x: Any, y: Any) -> Any:
+    """Whether it is; false is less than true, which TVM cannot compare."""
+    from tvm import tirx as t
+
+    return t.And(t.Not(x), y) if dtype_of(x) == "bool" else x < y
+
+
+def less_or_equal(x: Any, y: Any) -> Any:
+    """As `less`, and true of what is equal."""
+    from tvm import tirx as t
+
+    return t.Or(t.Not(x), y) if dtype_of(x) == "bool" else x <= y
+
+
 def cast(x: Any, new_dtype: Any) -> Any:
     """To an integer as JAX does: cut off, the nearest where there is none, 0 for NaN."""
     from tvm import tirx as t
@@ -157,7 +155,7 @@ def cast(x: Any, new_dtype: Any) -> Any:
         return unequal(x, constant(x, 0))
     if not old.startswith("float") or new.startswith("float"):
         return t.Cast(new, x)
-    low, high = _range(new)
+    low, high = integer_range(new)
     # `float(high)` may be one beyond: from there on it is `high`.
     cut = t.Select(x <= constant(x, float(low)), t.const(low, new), t.Cast(new, x))
     cut = t.Select(x >= constant(x, float(high)), t.const(high, new), cut)
@@ -179,8 +177,8 @@ def _integer_pow(x: Any, y: int) -> Any:
     result, square = None, x
     while y:
         if y & 1:
-            result = square if result is None else result * square
-        square, y = square * square, y >> 1
+            result = square if result is None else multiply(result, square)
+        square, y = multiply(square, square), y >> 1
     return constant(x, 1) if result is None else result
 
 
@@ -237,9 +235,6 @@ def expressions() -> dict[str, Callable[..., Any]]:
     """By primitive: of the operands' elements and the equation's parameters -> element."""
     from tvm import tirx as t
 
-    def is_float(x: Any) -> bool:
-        return dtype_of(x).startswith("float")
-
     def boolean(a: Callable[..., Any], b: Callable[..., Any]) -> Callable[..., Any]:
         return lambda x, *y: (a if dtype_of(x) == "bool" else b)(x, *y)
 
@@ -247,18 +242,18 @@ def expressions() -> dict[str, Callable[..., Any]]:
         return constant(x, 0)
 
     return {name: functools.partial(library, name) for name in _LIBRARY} | {
-        "add": lambda x, y: x + y,
-        "add_any": lambda x, y: x + y,
-        "sub": lambda x, y: x - y,
-        "mul": lambda x, y: x * y,
-        "div": lambda x, y: x / y if is_float(x) else t.truncdiv(x, y),
-        "rem": lambda x, y: library("fmod", x, y) if is_float(x) else t.truncmod(x, y),
+        "add": add,
+        "add_any": add,
+        "sub": subtract,
+        "mul": multiply,
+        "div": divide,
+        "rem": remainder,
         "max": greater,
         "min": lesser,
         "clamp": lambda low, x, high: _clamped(low, x, high),
         "pow": lambda x, y: t.power(x, t.Cast(dtype_of(x), y)),
         "atan2": lambda x, y: t.atan2(x, y),
-        "neg": lambda x: -x,
+        "neg": negative,
         "abs": lambda x: x if dtype_of(x).startswith("uint") else t.abs(x),
         "sign": _sign,
         "exp": lambda x: t.exp(x),
@@ -269,7 +264,7 @@ def expressions() -> dict[str, Callable[..., Any]]:
         "logistic": lambda x: constant(x, 1) / (constant(x, 1) + t.exp(-x)),
         "sqrt": lambda x: t.sqrt(x),
         "rsqrt": lambda x: constant(x, 1) / t.sqrt(x),
-        "square": lambda x: x * x,
+        "square": lambda x: multiply(x, x),
         "integer_pow": _integer_pow,
         "erf": lambda x: t.erf(x),
         "sin": lambda x: t.sin(x),
@@ -280,10 +275,10 @@ def expressions() -> dict[str, Callable[..., Any]]:
         "is_finite": lambda x: t.isfinite(x),
         "eq": equal,
         "ne": unequal,
-        "lt": lambda x, y: x < y,
-        "le": lambda x, y: x <= y,
-        "gt": lambda x, y: x > y,
-        "ge": lambda x, y: x >= y,
+        "lt": less,
+        "le": less_or_equal,
+        "gt": lambda x, y: less(y, x),
+        "ge": lambda x, y: less_or_equal(y, x),
         "and": boolean(t.And, lambda x, y: x & y),
         "or": boolean(t.Or, lambda x, y: x | y),
         "xor": boolean(unequal, lambda x, y: x ^ y),
@@ -302,8 +297,8 @@ def expressions() -> dict[str, Callable[..., Any]]:
 def _clamped(low: Any, x: Any, high: Any) -> Any:
     from tvm import tirx as t
 
-    x = t.Select(low > x, low, x)  # in this order NaN stays NaN
-    return t.Select(high < x, high, x)
+    x = t.Select(less(x, low), low, x)  # a comparison with NaN is false, so that it stays NaN
+    return t.Select(less(high, x), high, x)
 
 
 NAMES = (

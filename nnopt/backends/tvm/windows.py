@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from jax.extend import core as jex
+
+from nnopt.backends.tvm.arithmetic import highest, lowest
 from nnopt.backends.tvm.emit import Emitter, rule
 from nnopt.backends.tvm.padding import padded
-from nnopt.backends.tvm.scalars import equal, greater, highest, is_nan, lesser, lowest
+from nnopt.backends.tvm.scalars import equal, greater, is_nan, lesser
 from nnopt.backends.tvm.values import Value
 
 
@@ -36,12 +39,21 @@ def _reduce(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
 
 @rule("reduce_and", "reduce_or")
 def _logical(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
+    if values[0].dtype != "bool":
+        raise emitter.unsupported(equation, " of the bits of integers")
+    kind = "min" if equation.primitive.name == "reduce_and" else "max"
+    return _over(emitter, values[0], equation.params["axes"], kind)
+
+
+def _with_numbers(emitter: Emitter, value: Value, function: Callable[[Value], Value]) -> Value:
+    """What a function makes of booleans as 0 and 1: TVM reduces no booleans."""
     from tvm import te, topi
 
-    kind = "min" if equation.primitive.name == "reduce_and" else "max"
-    value = emitter.full(values[0])
+    value = emitter.full(value)
+    if value.dtype != "bool":
+        return function(value)
     number = emitter.te(lambda x: topi.cast(x, "int32"), [value], value.shape, "int32", name="cast")
-    made = _over(emitter, number, equation.params["axes"], kind)
+    made = function(number)
     return emitter.te(
         lambda x: te.compute(x.shape, lambda *at: x[at] != 0, name="bool"),
         [made], made.shape, "bool", name="bool",
@@ -49,9 +61,12 @@ def _logical(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
 
 
 def _over(emitter: Emitter, value: Value, axes: Any, kind: str) -> Value:
+    return _with_numbers(emitter, value, lambda v: _over_numbers(emitter, v, axes, kind))
+
+
+def _over_numbers(emitter: Emitter, value: Value, axes: Any, kind: str) -> Value:
     from tvm import te
 
-    value = emitter.full(value)
     left = [i for i in range(len(value.shape)) if i not in axes]
     shape = tuple(value.shape[i] for i in left)
     if not axes:
@@ -131,8 +146,16 @@ _KINDS = {"add": "sum", "max": "max", "min": "min", "mul": "prod"}
 @rule("reduce_window")
 def _any_window(emitter: Emitter, equation: Any, values: list[Value]) -> Value:
     """Of one of these operations, beginning with any number, which is also what stands around the array."""
-    equations = equation.params["jaxpr"].eqns
-    kind = _KINDS.get(equations[0].primitive.name) if len(equations) == 1 else None
+    combine = equation.params["jaxpr"]
+    equations = combine.eqns
+    # Of the two operands and of nothing else, each once: `lambda a, b: a + a` is one equation too.
+    plain = (
+        len(equations) == 1
+        and not any(isinstance(v, jex.Literal) for v in equations[0].invars)
+        and {*equations[0].invars} == {*combine.invars}
+        and equations[0].outvars == combine.outvars
+    )
+    kind = _KINDS.get(equations[0].primitive.name) if plain else None
     if kind is None or len(values) != 2 or not values[1].constant:
         raise emitter.unsupported(equation, " of another operation than sum, max, min and product")
     start = values[1].data.item()
@@ -145,9 +168,17 @@ def _windows(
     emitter: Emitter, equation: Any, value: Value, kind: str, start: float | None
 ) -> Value:
     """Windows of any rank, with strides, padding and dilation of both."""
+    return _with_numbers(
+        emitter, value, lambda v: _windows_of_numbers(emitter, equation, v, kind, start)
+    )
+
+
+def _windows_of_numbers(
+    emitter: Emitter, equation: Any, value: Value, kind: str, start: float | None
+) -> Value:
     from tvm import te, tirx
 
-    value, p = emitter.full(value), equation.params
+    p = equation.params
     shape = tuple(equation.outvars[0].aval.shape)
     rank = len(shape)
     window, strides, padding = p["window_dimensions"], p["window_strides"], p["padding"]
