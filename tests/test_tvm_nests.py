@@ -70,6 +70,7 @@ TABLE = {
     "parts": (*sequence1(16, (1, 2)).steps, Parallel("co", part=0)),
     "unequal parts of groups": (Group("co", "ci", 2), Split("co", (3,)), Parallel("g", part=0)),
     "slabs": (*sequence3(2).steps, Parallel("co")),
+    "prefetch of one part": (Split("co", (4,)), Prefetch("k", "kh", part=1), Parallel("oh", part=0)),
     "prefetch": (Split("co", (4,)), Bottleneck("ci", 2, part=1), Prefetch("x", "oh"), Unroll("kw")),
 }  # fmt: skip
 
@@ -86,6 +87,50 @@ def test_a_program_with_a_schedule_runs_as_it_says(name):
         if isinstance(step, Unroll | Vectorize | Parallel):
             assert f'"{type(step).__name__}"' in texts
     assert '"Reorder"' in texts
+
+
+class Lifted(nn.Module):
+    """A schedule in what linen has around modules."""
+
+    @nn.compact
+    def __call__(self, x):
+        arguments = {"features": 4, "kernel_size": (3, 3), "program": Program((Parallel("oh"),))}
+        x = nn.remat(nn.jit(ProgramConv))(**arguments)(x)
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        return nn.vmap(ProgramConv, **axes)(**arguments)(x)
+
+
+def test_schedules_within_lifted_modules_and_of_weights_that_are_arguments():
+    net, x = Lifted(), jax.random.normal(jax.random.key(1), (2, 1, 3, 3, 4))
+    weights, tree = jax.tree.flatten(net.init(jax.random.key(0), x))
+    plain = ProgramConv(4, (3, 3), program=Program((Parallel("co"),)))
+    variables = plain.init(jax.random.key(0), x)
+
+    def function(x, *weights):
+        of_each = jax.vmap(lambda y: plain.apply(variables, y), in_axes=1)(x)
+        return net.apply(jax.tree.unflatten(tree, weights), x), of_each
+
+    compiled = TvmBackend(threads=1).compile(function, (x, *weights))
+    assert '"Parallel"' in " ".join(compiled.traces.values())
+    for got, want in zip(compiled.outputs(), function(x, *weights), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_numbers_are_of_the_type_that_the_module_says():
+    x = jnp.arange(2 * 3 * 3 * 4).reshape(2, 3, 3, 4) % 7 - 3
+    for dtype in (None, jnp.float32):
+        conv = ProgramConv(4, (3, 3), program=Program((Parallel("co"),)), dtype=dtype)
+        variables = conv.init(jax.random.key(0), x)
+
+        def function(x, conv=conv, variables=variables):
+            return conv.apply(variables, x), conv.apply(variables, jnp.ones((1, 3, 3, 4)))
+
+        for got, want in zip(
+            TvmBackend(threads=1).compile(function, (x,)).outputs(), function(x), strict=True
+        ):
+            assert got.dtype == want.dtype
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_elementwise_work_is_fused_into_a_nest():
@@ -155,6 +200,14 @@ def test_any_program_is_its_interpretation(seed, data):
     ("steps", "message"),
     [
         ((Bind("co", "threadIdx.x"),), "co is bound to threadIdx.x, which a CPU does not have"),
+        (
+            (Parallel("oh"), Parallel("co")),
+            "co and oh are both parallel, .* fuse the two and mark the one loop",
+        ),
+        (
+            (Interchange("co", "kw"), Prefetch("k", "co"), Vectorize("co")),
+            "co is vectorized, .* prefetch at a loop around it",
+        ),
         ((Fuse("co", "ci"), Parallel("oh")), "co.ci was fused from loops of the output and of a"),
     ],
 )

@@ -20,7 +20,7 @@ def schedule_as_given(sch: Any, block: Any, nest: Nest) -> None:
     """Order and marks of a nest's loops, applied to its block; the batch is the outermost loop.
 
     Raises:
-        BackendError: a mark has no meaning on a CPU.
+        BackendError: a mark has no meaning on a CPU, or two of them none together.
     """
     outputs, reductions = axes(nest)
     batch, *loops = sch.get_loops(block)
@@ -32,13 +32,26 @@ def schedule_as_given(sch: Any, block: Any, nest: Nest) -> None:
         raise BackendError(
             f"tvm: {bound[0]} is bound to {marks[bound[0]][0]}, which a CPU does not have"
         )
+    if len(parallel := [name for name, m in marks.items() if "parallel" in m]) > 1:
+        raise BackendError(
+            f"tvm: {parallel[0]} and {parallel[1]} are both parallel, which TVM's threads cannot do one within the other; "
+            "fuse the two and mark the one loop"
+        )
+    for name, m in marks.items():
+        if "vectorize" in m and any(mark.startswith("prefetch") for mark in m):
+            raise BackendError(
+                f"tvm: {name} is vectorized, and something is to be fetched for each of its iterations, which are one; "
+                "prefetch at a loop around it"
+            )
     for loop in order:
         if "parallel" in loop.marks:
             sch.parallel(at[loop.name])
         for mark in loop.marks:
             if mark.startswith("prefetch"):
                 array = 0 if mark.endswith("x") else 1
-                sch.compute_at(sch.cache_read(block, array, "global"), at[loop.name])
+                # For this nest alone: others read the same kernel, outside of this loop.
+                fetched = sch.cache_read(block, array, "global", consumer_blocks=[block])
+                sch.compute_at(fetched, at[loop.name])
     # Before the reduction has a beginning of its own: what is left then is no whole block, and takes no marks.
     for loop in order:
         _mark(sch, at[loop.name], loop.marks)

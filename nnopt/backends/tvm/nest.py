@@ -4,12 +4,17 @@ A program has two halves. What changes the function, and what cuts loops, decide
 loop of the nest. Order and marks are the schedule: they are applied to the kernel as given, and nothing is added to them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jax.extend.core import Primitive
+from jax.interpreters import batching
 
 from nnopt.backends.tvm.conv import MAIN
 from nnopt.backends.tvm.emit import Emitter, rule
@@ -18,7 +23,7 @@ from nnopt.backends.tvm.padding import all_of, padded
 from nnopt.backends.tvm.values import Value
 from nnopt.errors import BackendError
 from nnopt.nests import Nest, Operator
-from nnopt.nests.interpret import kernel_box
+from nnopt.nests.interpret import interpret, kernel_box
 from nnopt.nests.module import ProgramConv, ProgramDense, nest_of, prepared, spatial_rank
 
 NEST = Primitive("nnopt_nest")
@@ -29,7 +34,30 @@ def _shape(x: Any, kernel: Any, *, operator: Operator) -> Any:
     return x.update(shape=(x.shape[0], *operator.output), weak_type=False)
 
 
+def _known(x: Any, kernel: Any, *, operator: Operator) -> jax.Array:
+    return jnp.asarray(interpret(operator, np.asarray(x), np.asarray(kernel)), x.dtype)
+
+
 NEST.def_abstract_eval(_shape)
+NEST.def_impl(_known)  # of an image that is known when the function is compiled
+
+
+def _of_a_batch(values: Any, axes: Any, *, operator: Operator) -> tuple[Any, int]:
+    """Images are a part of the batch that there is; where weights differ, each has a nest of its own."""
+    (x, kernel), (images, weights) = values, axes
+    if images is not None:
+        x = jnp.moveaxis(x, images, 0)
+    if weights is None:
+        y = NEST.bind(x.reshape(-1, *operator.input), kernel, operator=operator)
+        return y.reshape(*x.shape[:2], *operator.output), 0
+    each = [
+        NEST.bind(x if images is None else x[i], k, operator=operator)
+        for i, k in enumerate(jnp.moveaxis(kernel, weights, 0))
+    ]
+    return jnp.stack(each), 0
+
+
+batching.primitive_batchers[NEST] = _of_a_batch
 
 
 def as_given(
@@ -53,15 +81,14 @@ def as_given(
     if not any(loop.marks for nest in operator.nests for loop in nest.loops):
         return next_fun(*args, **kwargs)
     params = module.variables["params"]
-    weights = boxed(operator, {name: np.asarray(value) for name, value in params.items()})
-    y = NEST.bind(x.reshape(-1, *image), weights.astype(x.dtype), operator=operator)
+    bias = params["bias"] if module.use_bias else None
+    y, weights, bias = promote_dtype(x, boxed(operator, params), bias, dtype=module.dtype)
+    y = NEST.bind(y.reshape(-1, *image), weights, operator=operator)
     y = y.reshape(*x.shape[: x.ndim - rank - 1], *operator.output)
-    if not module.use_bias:
-        return y
-    return y + params["bias"].reshape((1,) * (y.ndim - 1) + (-1,))
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def boxed(operator: Operator, params: dict[str, np.ndarray]) -> np.ndarray:
+def boxed(operator: Operator, params: Mapping[str, Any]) -> jax.Array:
     """The parameters of `ProgramConv` where the nests' indices into the kernel find them.
 
     Args:
@@ -72,11 +99,17 @@ def boxed(operator: Operator, params: dict[str, np.ndarray]) -> np.ndarray:
         Of the extents of `kernel_box`; zero where there is no weight.
     """
     lows, extents = kernel_box(operator)
-    box = np.zeros(extents, np.float32)
-    for variable in prepared(operator)[1].variables:
+    variables = prepared(operator)[1].variables
+    # By reading, not by writing: weights may be a function's arguments, and TVM's backend has no rule for most writes.
+    source = np.zeros(extents, np.int32)
+    count = 1
+    for variable in variables:
         places = variable.places - np.asarray(lows)
-        box[tuple(np.moveaxis(places, -1, 0))] = params[variable.name]
-    return box
+        numbers = np.arange(count, count + math.prod(variable.shape), dtype=np.int32)
+        source[tuple(np.moveaxis(places, -1, 0))] = numbers.reshape(variable.shape)
+        count += math.prod(variable.shape)
+    flat = [jnp.ravel(params[variable.name]) for variable in variables]
+    return jnp.take(jnp.concatenate([jnp.zeros(1, flat[0].dtype), *flat]), source, mode="clip")
 
 
 @rule("nnopt_nest")
