@@ -178,7 +178,15 @@ def test_the_command_names_what_disagrees(record, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", ["--tolerance 0", "--seed -1", "--top 0", "--out /no/such/a.csv"]
+    "options",
+    [
+        "--tolerance 0",
+        "--seed -1",
+        "--top 0",
+        "--out /no/such/a.csv",
+        "--size 100000",
+        "--batch 100000000000",
+    ],
 )
 def test_bad_input_is_one_line(record, options, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -413,6 +413,10 @@ def test_the_command_from_build_to_search(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (
+            ["build", "--network", "wrn-10-1", "--batch", "1000000000"],
+            "numbers; give a smaller --batch",
+        ),
         (["show", "no.sqlite"], "there is no latency table no.sqlite; make it with"),
         (["predict", "wrn-10-1", "--table", "no.sqlite"], "there is no latency table"),
         (["check", "no.sqlite"], "there is no latency table"),

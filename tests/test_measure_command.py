@@ -284,12 +284,24 @@ def test_two_backends(capsys):
         (["wrn-10-1", "--repeats", "0"], "--repeats is 0"),
         (["wrn-10-1", "--size", "0"], "there are no images of 0 pixels"),
         (["wrn-10-1", "--backends", "cuda"], "no backend is called 'cuda'; there are xla, tvm"),
+        (["wrn-10-1", "--batch", "9" * 20], "numbers; give a smaller --batch"),
+        (
+            ["wrn-10-1", "--size", "1000000"],
+            "1 images of 1000000 x 1000000 pixels are more than 268,435,456",
+        ),
         (["wrn"], "no network is named 'wrn'"),
         (["wrn-10-1", "--out", "/nowhere/a.json"], "/nowhere is no folder; give another --out"),
     ],
 )
 def test_measure_refuses(args, words, capsys):
     assert words in said(capsys, "measure", *args)
+
+
+def test_a_number_of_threads_that_is_none(capsys, monkeypatch):
+    pytest.importorskip("tvm_ffi")
+    monkeypatch.setenv("TVM_NUM_THREADS", "abc")
+    refused = said(capsys, "measure", "wrn-10-1", "--backends", "tvm")
+    assert "TVM_NUM_THREADS is 'abc' in the environment" in refused
 
 
 def test_tvm_that_is_not_installed(capsys, monkeypatch):

@@ -59,7 +59,6 @@ class CheckCommand:
         # Imported here so that --help and bad flags answer at once.
         from nnopt.cli.measure import at_least_one, check_file, chosen_backends
         from nnopt.cli.networks import example_for, load_network
-        from nnopt.core import Example
         from nnopt.errors import BackendError, SearchError
         from nnopt.reports.check import agreement_table, layer_agreement_table, rank_table
         from nnopt.search.checking import check_networks, rank_agreements, time_checked
@@ -78,8 +77,7 @@ class CheckCommand:
         networks: dict[str, Any] = {}
         for name in self.networks:
             net = load_network(name)
-            (image,) = example_for(net, self.size).args
-            networks[name] = net, Example(image.update(shape=(self.batch, *image.shape[1:])))
+            networks[name] = net, example_for(net, self.size, self.batch)
         console = Console()
         with Bars(console) as bars:
             checked = check_networks(

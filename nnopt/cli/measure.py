@@ -170,12 +170,7 @@ def check_file(path: pathlib.Path | None) -> None:
 
 
 def _network(name: str, size: int, batch: int) -> Any:
-    import jax
-    import jax.numpy as jnp
-
     from nnopt.cli.networks import example_for, load_network
-    from nnopt.core import Example
 
     net = load_network(name)
-    example_for(net, size)
-    return net, Example(jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32))
+    return net, example_for(net, size, batch)

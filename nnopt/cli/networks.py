@@ -7,6 +7,9 @@ if TYPE_CHECKING:
 
     from nnopt.core import Example
 
+MOST_ELEMENTS = 2**28
+"""Of the images of a call: 1 GiB."""
+
 
 def load_network(name: str, num_classes: int = 10) -> "nn.Module":
     """A reference network by name, or the network of a record by its path.
@@ -23,11 +26,11 @@ def load_network(name: str, num_classes: int = 10) -> "nn.Module":
     return network_named(name, num_classes)
 
 
-def example_for(net: "nn.Module", size: int) -> "Example":
-    """One image of `size` x `size` pixels in three channels.
+def example_for(net: "nn.Module", size: int, batch: int = 1) -> "Example":
+    """Images of `size` x `size` pixels in three channels, `[batch, size, size, 3]`.
 
     Raises:
-        UnsupportedNetworkError: there is no such image, or the network does not run on it.
+        UnsupportedNetworkError: there are no such images, they are too many or too large, or the network does not run on them.
     """
     import jax
     import jax.numpy as jnp
@@ -39,6 +42,11 @@ def example_for(net: "nn.Module", size: int) -> "Example":
         raise UnsupportedNetworkError(
             f"there are no images of {size} pixels; give --size 1 or more"
         )
+    if batch * size * size * 3 > MOST_ELEMENTS:
+        less = "--size" if size * size * 3 > MOST_ELEMENTS else "--batch"
+        raise UnsupportedNetworkError(
+            f"{batch} images of {size} x {size} pixels are more than {MOST_ELEMENTS:,} numbers; give a smaller {less}"
+        )
     example = Example(jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
     try:
         sites(net, example)
@@ -49,4 +57,4 @@ def example_for(net: "nn.Module", size: int) -> "Example":
         raise UnsupportedNetworkError(
             f"the network does not run on images of {size} x {size} pixels ({reason}); give another --size"
         ) from e
-    return example
+    return Example(jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32))

@@ -36,20 +36,15 @@ class _Space:
 
     def space(self) -> "Space":
         """It, traced."""
-        import jax
-        import jax.numpy as jnp
-
         from nnopt.cli.networks import example_for, load_network
-        from nnopt.core import Example
         from nnopt.rewrites import CODE_CHOICES, PAPER_CHOICES
         from nnopt.search.table import Space
 
         at_least_one(self, "batch", "classes")
         net = load_network(self.network, self.classes)
-        example_for(net, self.size)
-        image = jax.ShapeDtypeStruct((self.batch, self.size, self.size, 3), jnp.float32)
+        example = example_for(net, self.size, self.batch)
         choices = CODE_CHOICES if self.choices == "code" else PAPER_CHOICES
-        return Space(net, Example(image), choices)
+        return Space(net, example, choices)
 
 
 @dataclasses.dataclass(frozen=True)

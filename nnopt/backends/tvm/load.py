@@ -50,5 +50,14 @@ def cores() -> int:
 
 
 def threads() -> int:
-    """Threads that TVM's parallel loops are spread over in this process."""
-    return int(os.environ.get("TVM_NUM_THREADS", cores()))
+    """Threads that TVM's parallel loops are spread over in this process.
+
+    Raises:
+        BackendError: the environment gives no number of them.
+    """
+    given = os.environ.get("TVM_NUM_THREADS", str(cores()))
+    if not given.isdecimal() or int(given) < 1:
+        raise BackendError(
+            f"TVM_NUM_THREADS is {given!r} in the environment; set it to a whole number from 1 on, or not at all"
+        )
+    return int(given)
