@@ -10,7 +10,7 @@ around it all, and no transformation touches it.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nnopt.errors import NestError
 from nnopt.nests.index import Index, Term, whole
@@ -112,15 +112,20 @@ class Nest:
 
     def with_index(self, change: Callable[[str, Dim], Index]) -> "Nest":
         """Every index replaced; `change` is told the array's name and the dimension."""
-        new: dict[str, Any] = {}
-        for array in "yxk":
-            dims: tuple[Dim, ...] = getattr(self, array)
-            moved = [(dim, change(array, dim)) for dim in dims]
-            for dim, place in moved:
-                if place is not dim.at:
-                    new[array] = tuple([Dim(d.axis, d.size, p) for d, p in moved])
-                    break
-        return dataclasses.replace(self, **new) if new else self
+        # Plain loops, and nothing made again that stays: this is most of what drawing programs does.
+        arrays: list[tuple[Dim, ...]] = []
+        for array, dims in (("y", self.y), ("x", self.x), ("k", self.k)):
+            new: list[Dim] = []
+            changed = False
+            for dim in dims:
+                place = change(array, dim)
+                if place is dim.at:
+                    new.append(dim)
+                else:
+                    new.append(Dim(dim.axis, dim.size, place))
+                    changed = True
+            arrays.append(tuple(new) if changed else dims)
+        return Nest(self.loops, *arrays)
 
     def with_loops(
         self, old: str, new: Sequence[Loop], change: Callable[[Term], Sequence[Term]]
@@ -130,7 +135,7 @@ class Nest:
         loops: list[Loop] = []
         for loop in self.loops:
             loops.extend(new if loop.name == old else (loop,))
-        return dataclasses.replace(nest, loops=tuple(loops))
+        return Nest(tuple(loops), nest.y, nest.x, nest.k)
 
 
 @dataclasses.dataclass(frozen=True)

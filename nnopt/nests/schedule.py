@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import ClassVar, Literal
 
 from nnopt.errors import NestError
-from nnopt.nests.index import Index, fused_inner, fused_outer
+from nnopt.nests.index import Index, Term, fused_inner, fused_outer
 from nnopt.nests.nest import Dim, Loop, Nest
 from nnopt.nests.step import Step, cut, divided, fresh, halves, unmarked
 
@@ -160,14 +160,20 @@ class Split(Keeping):
         return [self._range(nest, loop, low, high) for low, high in itertools.pairwise(points)]
 
     def _range(self, nest: Nest, loop: Loop, low: int, high: int) -> Nest:
-        def moved(_: str, dim: Dim) -> Index:
-            at = sum(t.coefficient for t in dim.at.of(self.loop)) * low
-            return dim.at.mapped(self.loop, lambda t: [t._replace(extent=high - low)]).shifted(at)
+        extent = high - low
 
-        loops = tuple(
-            Loop(loop.name, high - low) if other == loop else other for other in nest.loops
-        )
-        return dataclasses.replace(nest.with_index(moved), loops=loops)
+        def moved(_: str, dim: Dim) -> Index:
+            # The loop was not fused: it is one term, which keeps its place among the others.
+            for i, (name, step, divisor, _count) in enumerate(dim.at.terms):
+                if name == self.loop:
+                    term = (Term(name, step, divisor, extent),) if extent > 1 else ()
+                    terms = dim.at.terms
+                    return Index(dim.at.constant + step * low, terms[:i] + term + terms[i + 1 :])
+            return dim.at
+
+        loops = tuple([Loop(loop.name, extent) if n == loop else n for n in nest.loops])
+        nest = nest.with_index(moved)
+        return Nest(loops, nest.y, nest.x, nest.k)
 
 
 class _Mark(Keeping):
