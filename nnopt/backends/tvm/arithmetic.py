@@ -61,7 +61,10 @@ def add(x: Any, y: Any) -> Any:
 def subtract(x: Any, y: Any) -> Any:
     """The difference, rounded as it stands there; one of integers wraps around."""
     if dtype_of(x).startswith("float"):
-        return _opaque(x) - y
+        from tvm import tirx
+
+        # Of a constant CUDA has no address, by which it reinterprets.
+        return x - _opaque(y) if isinstance(x, tirx.FloatImm) else _opaque(x) - y
     return _wrapping(x, y, lambda a, b: a - b)
 
 
@@ -69,14 +72,27 @@ def multiply(x: Any, y: Any) -> Any:
     """The product, no number where one is none; one of integers wraps around."""
     if not dtype_of(x).startswith("float"):
         return _wrapping(x, y, lambda a, b: a * b, product=True)
-    x, y = (_opaque(v) if _is_zero(v) else v for v in (x, y))
+    x, y = _without_zeros(x, y)
     return x * y
 
 
-def _is_zero(x: Any) -> bool:
-    from tvm import tirx
+def _without_zeros(x: Any, y: Any) -> tuple[Any, Any]:
+    """Two numbers, of which a constant zero is made of the other's bits: TVM takes it for a constant result."""
+    from tvm import tirx as t
 
-    return isinstance(x, tirx.FloatImm) and x.value == 0
+    def zero(of: Any) -> Any:
+        dtype = dtype_of(of)
+        bits = "int64" if dtype == "float64" else "int32"
+        return t.reinterpret(dtype, t.reinterpret(bits, of) & t.const(0, bits))
+
+    def is_zero(v: Any) -> bool:
+        return isinstance(v, t.FloatImm) and v.value == 0
+
+    if is_zero(x) and not isinstance(y, t.FloatImm):
+        return zero(y), y
+    if is_zero(y) and not isinstance(x, t.FloatImm):
+        return x, zero(x)
+    return x, y
 
 
 def _wrapping(x: Any, y: Any, function: Callable[[Any, Any], Any], product: bool = False) -> Any:
@@ -103,7 +119,7 @@ def divide(x: Any, y: Any) -> Any:
     from tvm import tirx as t
 
     if dtype_of(x).startswith("float"):
-        x, y = (_opaque(v) if _is_zero(v) else v for v in (x, y))
+        x, y = _without_zeros(x, y)
         return x / y
     by, minus_one = _divisor(y)
     quotient = t.truncdiv(x, by)
