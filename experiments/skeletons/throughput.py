@@ -194,7 +194,8 @@ def summary(points: Sequence[Point], batch: int) -> Table:
     fractions = (0.75, 0.5, 0.35, 0.25)
     table = Table(
         title=f"Batch {batch}, {base.platform}, {base.backend}: throughput over that of the base ({base.throughput:,.0f} images/s)",
-        caption="at fractions of the base's parameters, by interpolation",
+        caption=f"at fractions of the base's parameters, by interpolation; scaled: mean of depth and width; pruned: mean of "
+        f"{', '.join(PRUNED)}",
     )
     table.add_column("scheme")
     for f in fractions:
@@ -217,10 +218,8 @@ def picture(points: Sequence[Point], network: str) -> Any:
     """Throughput against parameters, a row of panels for each backend and a column for each batch."""
     from matplotlib.figure import Figure
 
-    batches, backends = (
-        sorted({p.batch for p in points}),
-        list(dict.fromkeys(p.backend for p in points)),
-    )
+    batches = sorted({p.batch for p in points})
+    backends = list(dict.fromkeys(p.backend for p in points))
     figure = Figure(figsize=(5.4 * len(batches), 4.4 * len(backends)), layout="constrained")
     for i, (backend, batch) in enumerate(itertools.product(backends, batches)):
         axes = figure.add_subplot(len(backends), len(batches), i + 1)
@@ -228,11 +227,8 @@ def picture(points: Sequence[Point], network: str) -> Any:
         curves(axes, SCHEMES, [(p.scheme, p.parameters, p.throughput) for p in here])
         axes.set_ylabel("images / s")
         axes.set_xscale("log")
-        ticks = [
-            t
-            for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-            if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]
-        ]
+        low, high = axes.get_xlim()
+        ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if low <= t <= high]
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
         axes.set_title(f"{network}, batch {batch}, {here[0].platform}, {backend}", fontsize=10)
