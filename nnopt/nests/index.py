@@ -4,6 +4,7 @@ An index is `constant + sum(coefficient * (loop // divisor % extent))`. With eve
 loop it is affine. Fusing two loops needs divisors, and the form is closed under all transformations of a nest whose sizes divide.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -92,6 +93,12 @@ def whole(loop: str, extent: int, coefficient: int = 1) -> Term:
 
 def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
     """The same sum in the fewest terms, in a fixed order."""
+    return _merged(tuple(terms))
+
+
+@functools.lru_cache(1 << 16)
+def _merged(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    # Kept: programs drawn for one convolution have the same few thousand sums.
     sums: dict[tuple[str, int, int], int] = {}
     for t in terms:
         digit = (t.loop, t.divisor, t.extent)

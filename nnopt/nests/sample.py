@@ -191,12 +191,13 @@ def _loops(
     nest: Nest, operator: Operator, at: int | None, wanted: Callable[[Nest, str], bool]
 ) -> list[tuple[str, int]]:
     """Loops of a kind that may be reshaped; where all parts are meant, those that all have."""
-    nests = operator.nests if at is None else (nest,)
+    others = [n for n in operator.nests if n is not nest] if at is None else []
     return [
         (loop.name, loop.extent)
         for loop in nest.loops
         if loop.extent > 1
-        and all(loop in other.loops and wanted(other, loop.name) for other in nests)
+        and wanted(nest, loop.name)
+        and all(loop in other.loops and wanted(other, loop.name) for other in others)
     ]
 
 
