@@ -31,7 +31,7 @@ from experiments.scores.scoring import Job, ResultFile, ScoredNetwork, score_all
 from experiments.scores.tables import TrainedCell, TrainedLayers, nasbench201, nasbench_macro
 from nnopt.search.workers import cores
 
-QUICK_NETWORKS = {"nasbench201": 100, "nasbench_macro": 300}
+QUICK_NETWORKS = {"nasbench201": 300, "nasbench_macro": 300}
 """Of each benchmark in quick mode: the first of a fixed random order, so that a full run goes on where a quick one ended."""
 
 Row = TrainedCell | TrainedLayers
@@ -48,7 +48,7 @@ class RankingCommand:
     benchmark: Literal["nasbench201", "nasbench_macro", "both"] = "both"
     """Whose networks."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Only 100 cells of NAS-Bench-201 and 300 networks of NAS-Bench-Macro instead of all 4,000 and 2,000 of the tables."""
+    """Only 300 cells of NAS-Bench-201 and 300 networks of NAS-Bench-Macro instead of all 4,000 and 2,000 of the tables."""
     batch: int = 16
     """Images in the minibatch. Scores compare only at equal batch."""
     seed: int = 0
