@@ -7,7 +7,8 @@ import jax
 import pytest
 
 os.environ.setdefault("NNOPT_CACHE", "off")  # what is compiled in a test is compiled
-# Programs of tests run once, on little: LLVM's optimisations would take a third of the time. `XLA_FLAGS= scripts/test` has them.
+# Programs of tests run once, on little: LLVM's optimisations would take a tenth to a third of the time.
+# `XLA_FLAGS= scripts/test` has them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

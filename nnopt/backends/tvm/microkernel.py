@@ -200,12 +200,13 @@ def _loops(kernel: Microkernel, x: Any, k: Any, y: Any) -> Any:
     order = [*(name for name, *_ in over), *(name for name, *_ in spatial[:rank]), spatial[rank][0]]
     for name in reversed(order):
         if name in loops:
-            body = tirx.For(*loops[name][:1], 0, loops[name][1], tirx.ForKind.SERIAL, body)
+            loop, extent = loops[name]
+            body = tirx.For(loop, 0, extent, tirx.ForKind.SERIAL, body)
     return body
 
 
 def _straight(kernel: Microkernel, x: Any, k: Any, y: Any) -> Any:
-    """The code: for each input of a group its weights, then each place of the image with all products that it is part of."""
+    """The code: for each input of a group, each place of the image with all products that it is part of."""
     from tvm import tirx
 
     made = []
